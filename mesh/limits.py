@@ -1,0 +1,65 @@
+"""Every cap and deadline of the protocol, by name. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+PROTOCOL_VERSION: Final = 1
+DEFAULT_PORT: Final = 9470
+
+# Handshake
+HANDSHAKE_TIMEOUT: Final = 5.0
+MAX_HANDSHAKE_MESSAGE: Final = 1024
+"""Nothing larger is buffered before a peer has authenticated."""
+MAX_CLOCK_SKEW: Final = 300.0
+MAX_HALF_OPEN: Final = 256
+MAX_HALF_OPEN_PER_NETWORK: Final = 16
+"""Half-open connections per /24 (IPv4) or /64 (IPv6); loopback is exempt, the total is not."""
+MAX_CONNECTIONS: Final = 4096
+MAX_CONNECTIONS_PER_PEER: Final = 8
+
+# Frames
+MAX_FRAME: Final = 65_535
+"""Ciphertext with its tag, so that a u16 length holds it."""
+TAG_SIZE: Final = 16
+MAX_PLAINTEXT: Final = MAX_FRAME - TAG_SIZE
+MAX_DATA: Final = 16_384
+"""Body bytes of one DATA message."""
+REKEY_AFTER_FRAMES: Final = 1 << 20
+
+# msgpack
+MAX_META_DEPTH: Final = 16
+MAX_META_ITEMS: Final = 4096
+
+# Streams
+INITIAL_CREDIT: Final = 65_536
+MAX_CREDIT: Final = 4 << 20
+"""The most unread credit that a receiver may have granted on one stream."""
+MAX_STREAMS: Final = 1024
+"""Streams that one side may have open on one connection."""
+MAX_BODY: Final = 32 << 20
+"""A request body that came in DATA, held by the worker until it is complete."""
+CREDIT_DEADLINE: Final = 30.0
+"""A stream without credit for this long is reset and its generation cancelled."""
+WRITE_HIGH_WATER: Final = 256 << 10
+"""Bytes queued in a socket before the writer waits."""
+
+# Liveness
+PING_AFTER_IDLE: Final = 15.0
+DEAD_AFTER_IDLE: Final = 45.0
+RESET_BURST: Final = 100.0
+RESETS_PER_SECOND: Final = 10.0
+
+# Records
+MAX_RECORD: Final = 512
+MAX_RECORD_LIFETIME: Final = 15 * 60
+RECORD_CLOCK_SKEW: Final = 30
+RECORD_TTL: Final = 180.0
+ANNOUNCE_INTERVAL: Final = 60.0
+MIN_ANNOUNCE_INTERVAL: Final = 10.0
+MAX_RECORDS_PER_KEY: Final = 64
+
+# Datagrams
+MAX_DATAGRAM: Final = 1200
+MAX_AMPLIFICATION: Final = 3
+"""A reply to an asker without a valid token is at most this many times its request."""
