@@ -97,8 +97,10 @@ class Policy:
     healthy_after: float = 60.0
     hang_after: float = 10.0
     """Silence of /health after which a server that answered before is taken for hung."""
-    stall_after: float = 90.0
-    """No token and no decode while work is queued."""
+    stall_after: float = 60.0
+    """No token and no decode while work is queued and the process does not even compute."""
+    stall_computing_after: float = 600.0
+    """The same while it computes: a long prompt on a slow CPU shows no token for minutes."""
     term_again: float = 5.0
     kill_after: float = 3.0
 
@@ -176,10 +178,15 @@ class BecameReady:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """The server answered a probe; `busy` when requests are in it; `work` are its counters."""
+    """The server answered a probe.
+
+    `busy`: requests are in it. `work`: counters that move with every token. `computing`: it used CPU
+    since the last probe.
+    """
 
     busy: bool
     work: tuple[int, ...]
+    computing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,7 +338,8 @@ def _answered(machine: Machine, event: Answered, now: float, policy: Policy) -> 
     moved = not event.busy or event.work != machine.work
     moved_at = now if moved else machine.moved_at
     machine = replace(machine, answered_at=now, work=event.work, moved_at=moved_at, state=State.READY)
-    if now - moved_at >= policy.stall_after:
+    patience = policy.stall_computing_after if event.computing else policy.stall_after
+    if now - moved_at >= patience:
         waited = f"no token for {now - moved_at:.0f} s while requests are in the server"
         return _hung(machine, now, policy, waited)
     return machine, ()

@@ -65,6 +65,8 @@ class Probing:
 
     loading_first: float = 0.02
     loading_most: float = 0.5
+    progress: float = 1.0
+    tell: float = 5.0
     idle: float = 5.0
     busy: float = 2.0
     degraded: float = 1.0
@@ -98,6 +100,7 @@ class _Child:
     client: SidecarClient
     pump: OutputPump
     memory_kills: int | None
+    cpu_seconds: float = 0.0
 
 
 class Supervisor:
@@ -301,7 +304,8 @@ class Supervisor:
                 case life.Spawn():
                     self._events.put_nowait(await self._spawn(effect.plan, group))
                 case life.CloseClients() if self._child:
-                    self._child.client.abort(SidecarStopped(f"{self.config.name} is being stopped"))
+                    hung = self.last_error if after.goal is life.Goal.RETRY else None
+                    self._child.client.abort(hung or SidecarStopped(f"{self.config.name} is being stopped"))
                     await asyncio.sleep(0)  # let the transports close before the signal
                 case life.Terminate():
                     self._kill_group(signal.SIGTERM)
@@ -331,7 +335,9 @@ class Supervisor:
         program = [*self.server.argv, *arguments]
         environment = {**os.environ, "LLAMA_API_KEY": key, orphans.NONCE_VARIABLE: nonce}
         if self.server.kind == "embedded":
-            environment["PYTHONPATH"] = _PACKAGE_ROOT
+            environment["PYTHONPATH"] = os.pathsep.join(
+                filter(None, (_PACKAGE_ROOT, environment.get("PYTHONPATH")))
+            )
         pump = OutputPump(RotatingFile(self.config.log_dir / f"{_file_name(self.config.name)}.log"))
         try:
             process = await asyncio.create_subprocess_exec(
@@ -391,12 +397,16 @@ class Supervisor:
     # ── probes ──────────────────────────────────────────────────────────────────────────────────
 
     async def _probe(self, child: _Child) -> None:
-        pause, sampled = self._probing.loading_first, 0.0
+        pause, started = self._probing.loading_first, time.monotonic()
+        sampled = told = started
         while not await self._is_ours(child):
             now = time.monotonic()
-            if now - sampled >= 1.0:
+            if now - sampled >= self._probing.progress:
                 sampled = now
                 self._events.put_nowait(life.Progressed(_progress(child)))
+            if now - told >= self._probing.tell:
+                told = now
+                log.info("%s: loading for %.0f s; %s", self.config.name, now - started, _latest(child))
             await asyncio.sleep(pause)
             pause = min(pause * 1.2, self._probing.loading_most)
         self._events.put_nowait(life.BecameReady())
@@ -441,7 +451,9 @@ class Supervisor:
             metrics, busy = self.metrics, in_flight > 0
         names = ("tokens_predicted_total", "prompt_tokens_total", "n_decode_total")
         work = (*(int(metrics.get(name, 0)) for name in names), client.received)
-        return life.Answered(busy, work)
+        cpu, before = _cpu_seconds(child), child.cpu_seconds
+        child.cpu_seconds = cpu
+        return life.Answered(busy, work, computing=cpu - before > 0.2 * self._probing.busy)
 
 
 def _info(props: Mapping[str, Any], name: str) -> Info:
@@ -459,11 +471,24 @@ def _progress(child: _Child) -> tuple[int, ...]:
     """Log bytes, CPU seconds, MiB read and MiB resident: any of them moves while a model loads."""
     try:
         process = psutil.Process(child.process.pid)
-        times, resident = process.cpu_times(), process.memory_info().rss
+        resident = process.memory_info().rss
         read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
     except psutil.Error:
         return (child.pump.total,)
-    return child.pump.total, int(times.user + times.system), read >> 20, resident >> 20
+    return child.pump.total, int(_cpu_seconds(child)), read >> 20, resident >> 20
+
+
+def _cpu_seconds(child: _Child) -> float:
+    try:
+        times = psutil.Process(child.process.pid).cpu_times()
+    except psutil.Error:
+        return 0.0
+    return times.user + times.system
+
+
+def _latest(child: _Child) -> str:
+    lines = child.pump.tail(1)
+    return lines[0] if lines else "no output yet"
 
 
 def _memory_kills() -> int | None:
