@@ -1,0 +1,105 @@
+"""IP addresses as the DHT needs them: normal form, subnets, scopes and the compact form in datagrams."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable
+from functools import lru_cache
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+from mesh.errors import MalformedMessage
+from mesh.records import KEY_SIZE
+
+Address = tuple[str, int]
+"""(numeric host, UDP port)"""
+Neighbour = tuple[bytes, Address]
+"""(20-byte DHT id, address)"""
+
+_CACHE = 8192
+_FAMILIES = {4: (4, socket.AF_INET), 6: (16, socket.AF_INET6)}
+
+
+@lru_cache(_CACHE)
+def parse(host: str) -> IPv4Address | IPv6Address:
+    """The address without zone and without the IPv4-mapped form. Raises ValueError."""
+    address = ip_address(host.partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address
+
+
+@lru_cache(_CACHE)
+def normal(host: str) -> str:
+    """One text for one address: ``::ffff:1.2.3.4`` is ``1.2.3.4``. Raises ValueError."""
+    return str(parse(host))
+
+
+@lru_cache(_CACHE)
+def subnet(host: str) -> bytes:
+    """The /24 or /64 that a host is in, as bytes."""
+    address = parse(host)
+    return address.packed[: 3 if address.version == 4 else 8]
+
+
+@lru_cache(_CACHE)
+def scope(host: str) -> int:
+    """0 this machine, 1 its LAN (private or link-local), 2 the world; 3 no place to send to."""
+    address = parse(host)
+    if address.is_multicast or address.is_unspecified or address.packed == b"\xff\xff\xff\xff":
+        return 3
+    if address.is_loopback:
+        return 0
+    return 1 if address.is_private or address.is_link_local else 2
+
+
+def may_introduce(teller: str, told: str) -> bool:
+    """Whether a contact at `told` is credible from `teller`.
+
+    A peer from outside must not make us send to our own machine or LAN.
+    """
+    return scope(teller) <= scope(told) < 3
+
+
+def pack_neighbours(neighbours: Iterable[Neighbour]) -> list[bytes]:
+    """The compact form, one item per neighbour: id (20) ‖ 4 or 6 ‖ address (4 or 16) ‖ port (2)."""
+    items = []
+    for contact_id, (host, port) in neighbours:
+        address = parse(host)
+        items.append(contact_id + bytes([address.version]) + address.packed + port.to_bytes(2))
+    return items
+
+
+def unpack_neighbours(data: bytes) -> list[Neighbour]:
+    """The neighbours in a reply. Raises MalformedMessage."""
+    neighbours: list[Neighbour] = []
+    position = 0
+    while position < len(data):
+        contact_id = data[position : position + KEY_SIZE]
+        address, position = _unpack_address(data, position + KEY_SIZE)
+        neighbours.append((contact_id, address))
+    return neighbours
+
+
+def pack_address(address: Address) -> bytes:
+    """4 or 6 ‖ address (4 or 16) ‖ port (2)."""
+    host = parse(address[0])
+    return bytes([host.version]) + host.packed + address[1].to_bytes(2)
+
+
+def unpack_address(data: bytes) -> Address:
+    """The inverse of `pack_address`. Raises MalformedMessage."""
+    address, end = _unpack_address(data, 0)
+    if end != len(data):
+        raise MalformedMessage("bytes after an address")
+    return address
+
+
+def _unpack_address(data: bytes, position: int) -> tuple[Address, int]:
+    size, family = _FAMILIES.get(data[position] if position < len(data) else 0, (0, None))
+    end = position + 1 + size + 2
+    if family is None or end > len(data):
+        raise MalformedMessage("not a compact address")
+    port = int.from_bytes(data[end - 2 : end])
+    if port == 0:
+        raise MalformedMessage("an address without a port")
+    return (normal(socket.inet_ntop(family, data[position + 1 : end - 2])), port), end

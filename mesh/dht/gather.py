@@ -1,0 +1,86 @@
+"""Collects what holders return for a key: verified, the newest of each worker."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
+from mesh.dht.protocol import Reply
+from mesh.errors import ProtocolError
+
+T = TypeVar("T")
+
+RECORDS_PER_REPLY = 3
+"""About as many records of usual size fit into a datagram beside the neighbours."""
+
+
+class Gathering(Generic[T]):
+    """The values under one key. `open_blob` verifies a record: (node id, seq, value) or ProtocolError.
+
+    A value counts towards `want` where `useful` says so.
+    """
+
+    def __init__(
+        self,
+        open_blob: Callable[[bytes], tuple[bytes, int, T]],
+        useful: Callable[[T], bool],
+        want: int,
+        salt: bytes,
+    ) -> None:
+        self._open = open_blob
+        self._useful = useful
+        self._want = want
+        self._salt = salt
+        self._skip = 0
+        self._seen: set[bytes] = set()
+        self._newest: dict[bytes, tuple[int, T]] = {}
+        self._counts: list[int] = []
+
+    def arguments(self) -> list[Any]:
+        """``[salt, skip]``: each request asks for another page of the same shuffled order."""
+        skip = self._skip
+        self._skip += RECORDS_PER_REPLY
+        return [self._salt, skip]
+
+    def take(self, reply: Reply) -> bool:
+        """Take the records of a find_value reply in; whether there are as many as wanted now."""
+        match reply:
+            case [_, _, _, int(count), list(blobs), *_] if count >= 0:
+                self._counts.append(count)
+                for blob in blobs:
+                    self.add(blob)
+        return self.enough
+
+    def add(self, blob: object) -> None:
+        """Take one record in; what is not valid is left out."""
+        if not isinstance(blob, bytes) or blob in self._seen:
+            return
+        self._seen.add(blob)
+        try:
+            node_id, seq, value = self._open(blob)
+        except ProtocolError:
+            return
+        known = self._newest.get(node_id)
+        if known is None or known[0] < seq:
+            self._newest[node_id] = (seq, value)
+
+    @property
+    def count(self) -> int:
+        """How many workers the holders say there are; their median, since some may lie."""
+        holders = [count for count in self._counts if count]
+        return round(statistics.median(holders)) if holders else 0
+
+    @property
+    def enough(self) -> bool:
+        """Whether as many useful values as wanted are there."""
+        return len(self.values()) >= self._want
+
+    @property
+    def complete(self) -> bool:
+        """Whether there are as many as wanted, or as there seem to be."""
+        return self.enough or len(self._newest) >= self.count
+
+    def values(self) -> list[T]:
+        """The useful values."""
+        return [value for _, value in self._newest.values() if self._useful(value)]

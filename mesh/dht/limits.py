@@ -1,0 +1,62 @@
+"""Caps and times of the DHT. Sizes in bytes, times in seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+BUCKET_SIZE: Final = 20
+"""Kademlia's k: contacts per bucket, replicas of a record."""
+PARALLEL: Final = 3
+"""Kademlia's alpha: requests of one crawl in flight; one more for each contact that is slow."""
+MAX_PARALLEL: Final = 16
+MAX_CRAWL_REQUESTS: Final = 160
+MAX_CANDIDATES: Final = 512
+"""Contacts that one crawl remembers."""
+
+REQUEST_TIMEOUT: Final = 1.0
+SOFT_TIMEOUT: Final = 0.25
+"""After this long a crawl goes on without waiting for the contact; a late answer still counts."""
+CRAWL_DEADLINE: Final = 5.0
+LOOKUP_DEADLINE: Final = 6.0
+MAX_PAGES: Final = 16
+"""Rounds of requests for further records of one key."""
+STORE_TIMEOUT: Final = 1.0
+WITHDRAWN_LIFETIME: Final = 60.0
+WITHDRAW_DEADLINE: Final = 1.5
+RESOLVE_DEADLINE: Final = 5.0
+
+MIN_REQUEST: Final = 29
+FIND_REQUEST_SIZE: Final = 400
+"""A find request without a token is padded to this, so that three times as much may be answered."""
+MAX_PENDING: Final = 4096
+MAX_VERIFYING: Final = 32
+MAX_REMEMBERED_TOKENS: Final = 2048
+MAX_REMEMBERED_FAILURES: Final = 2048
+FAILURE_MEMORY: Final = 60.0
+"""Crawls leave out an address for this long after it did not answer."""
+
+TOKEN_SIZE: Final = 8
+TOKEN_ROTATION: Final = 300.0
+"""A token is good for one to two rotations."""
+TOKEN_REUSE: Final = 240.0
+
+MAX_RECORDS: Final = 8192
+MAX_RECORDS_PER_SUBNET: Final = 1024
+MAX_RECORDS_PER_SUBNET_AND_KEY: Final = 16
+
+MAX_CONTACTS_PER_SUBNET: Final = 2
+"""In one bucket."""
+MAX_FAILURES: Final = 2
+MAX_SEEDS: Final = 64
+MAX_REMEMBERED_CONTACTS: Final = 200
+
+FIRST_BACKOFF: Final = 0.5
+MAX_BACKOFF: Final = 20.0
+SEED_INTERVAL: Final = 20.0
+CHECK_INTERVAL: Final = 15.0
+CHECKS_AT_ONCE: Final = 4
+STALE_CONTACT: Final = 300.0
+FIRST_EXPLORE: Final = 1.0
+MAX_EXPLORE_PAUSE: Final = 900.0
+"""Neighbours and buckets are explored after 1, 2, 4, … s and then this often."""
+SAVE_INTERVAL: Final = 300.0
