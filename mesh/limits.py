@@ -30,19 +30,36 @@ REKEY_AFTER_FRAMES: Final = 1 << 20
 # msgpack
 MAX_META_DEPTH: Final = 16
 MAX_META_ITEMS: Final = 4096
+MAX_TEXT: Final = 256
+"""Characters of a method, of an error message or of a user agent."""
+MAX_TOKEN: Final = 32
+"""Bytes of a PING's token."""
 
 # Streams
 INITIAL_CREDIT: Final = 65_536
 MAX_CREDIT: Final = 4 << 20
 """The most unread credit that a receiver may have granted on one stream."""
+MAX_CONNECTION_CREDIT: Final = 16 << 20
+"""What all streams of one connection together may have above their initial credit."""
+SEND_BUFFER: Final = 65_536
+"""A sender waits while its stream has more than this queued."""
 MAX_STREAMS: Final = 1024
 """Streams that one side may have open on one connection."""
+MAX_SID: Final = (1 << 31) - 1
+MAX_PENDING_PONGS: Final = 16
+"""Answers owed to a peer that sends PINGs and does not read; older ones are dropped."""
 MAX_BODY: Final = 32 << 20
 """A request body that came in DATA, held by the worker until it is complete."""
 CREDIT_DEADLINE: Final = 30.0
 """A stream without credit for this long is reset and its generation cancelled."""
 WRITE_HIGH_WATER: Final = 256 << 10
 """Bytes queued in a socket before the writer waits."""
+READ_BUFFER: Final = 256 << 10
+"""Bytes read from a socket at once; one buffer serves all connections of a thread."""
+CLOSE_TIMEOUT: Final = 2.0
+"""What is still queued when a connection is closed has this long to leave."""
+CONNECT_STAGGER: Final = 0.25
+"""The next address of a peer is tried when the last one has not answered for this long (RFC 8305)."""
 
 # Liveness
 PING_AFTER_IDLE: Final = 15.0

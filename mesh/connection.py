@@ -1,0 +1,534 @@
+"""One connection after its handshake: streams, credit, priorities, liveness and leaving. Pure.
+
+Bytes and the time come in through `receive` and `tick`, which return events; what is to be sent is
+collected and comes out of `pull` as whole frames. Events are the peer's messages that the application
+must hear of, in the order of their arrival, and `Ponged` and `Failed`. A `Reset` event means that the
+stream is over, whichever side caused it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from mesh.errors import (
+    ConnectionClosed,
+    DeadlineExceeded,
+    ErrorCode,
+    MalformedMessage,
+    ProtocolError,
+    RemoteError,
+    TransportError,
+    remote_error,
+)
+from mesh.frames import (
+    Credit,
+    Data,
+    Deframer,
+    End,
+    GoAway,
+    Head,
+    Meta,
+    Open,
+    Ping,
+    Pong,
+    Reset,
+    Token,
+    decode,
+    encode,
+)
+from mesh.limits import (
+    CREDIT_DEADLINE,
+    DEAD_AFTER_IDLE,
+    INITIAL_CREDIT,
+    MAX_CONNECTION_CREDIT,
+    MAX_CREDIT,
+    MAX_PENDING_PONGS,
+    MAX_PLAINTEXT,
+    MAX_SID,
+    MAX_STREAMS,
+    MAX_TEXT,
+    PING_AFTER_IDLE,
+    REKEY_AFTER_FRAMES,
+    RESET_BURST,
+    RESETS_PER_SECOND,
+)
+from mesh.noise import CipherState
+from mesh.streams import StreamState
+
+_LEAST_ROOM = 64
+"""A DATA message is not cut shorter than this to fill up a frame."""
+
+
+@dataclass(slots=True)
+class Ponged:
+    """The answer to a PING of ours: the round trip in seconds and the peer's load."""
+
+    token: int
+    rtt: float
+    load: Meta
+
+
+@dataclass(slots=True)
+class Failed:
+    """The connection is over: the peer broke the protocol, or is silent."""
+
+    error: ProtocolError | TransportError
+
+
+Event = Open | Head | Data | End | Reset | GoAway | Ponged | Failed
+
+
+class ConnectionState:
+    """A connection's rules. `now` is a monotonic time in seconds, the same clock in every call.
+
+    `load` is asked for this side's live load whenever a PONG is made.
+    """
+
+    __slots__ = (
+        "_control", "_deframer", "_extra_window", "_handlers", "_initiator", "_last_peer_sid", "_load", "_next_sid",
+        "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs", "_receive", "_rekey_after",
+        "_reset_budget", "_reset_budget_at", "_ring", "_send", "_waiting_ping", "failed", "finished", "goaway_received",
+        "goaway_sent", "heard", "last_heard", "max_streams", "own_streams", "peer_streams", "streams",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        *,
+        initiator: bool,
+        send: CipherState,
+        receive: CipherState,
+        now: float,
+        load: Callable[[], Meta],
+        max_streams: int = MAX_STREAMS,
+        peer_max_streams: int = MAX_STREAMS,
+        peer_window: int = INITIAL_CREDIT,
+        rekey_after: int = REKEY_AFTER_FRAMES,
+    ) -> None:
+        self._initiator = initiator
+        self._send = send
+        self._receive = receive
+        self._load = load
+        self._rekey_after = rekey_after
+        self._peer_max_streams = peer_max_streams
+        self._peer_window = peer_window
+        self._deframer = Deframer()
+        self._control: deque[bytes] = deque()
+        self._ring: deque[StreamState] = deque()
+        self._pongs: deque[Token] = deque(maxlen=MAX_PENDING_PONGS)
+        self._pings: dict[int, float] = {}
+        self._waiting_ping = False
+        self._next_sid = 1 if initiator else 2
+        self._last_peer_sid = 0
+        self._next_token = 1
+        self._extra_window = 0
+        self._reset_budget = RESET_BURST
+        self._reset_budget_at = now
+        self.max_streams = max_streams
+        self.streams: dict[int, StreamState] = {}
+        self.own_streams = 0
+        self.peer_streams = 0
+        self.last_heard = now
+        self.heard = False
+        """A frame of the peer authenticated, so it is no replay of an old handshake."""
+        self.goaway_sent = False
+        self.goaway_received: GoAway | None = None
+        self.failed = False
+        self.finished: list[int] = []
+        """Streams that are over; whoever keeps something for them empties this list."""
+
+    # --- what the application does -------------------------------------------------------------
+
+    def open(self, method: str, meta: Meta, body: bytes | None = None, *, end: bool = True) -> int:
+        """Start a stream and return its sid. With `end` the request is complete with `body`.
+
+        Raises RemoteError where the peer said that it takes no more streams, ValueError for a meta
+        that does not fit into one message.
+        """
+        if self.goaway_received is not None:
+            raise goaway_error(self.goaway_received)
+        if self.failed or self.goaway_sent or self._next_sid > MAX_SID:
+            raise ConnectionClosed("this connection takes no new streams")
+        if self.own_streams >= self._peer_max_streams:
+            raise remote_error(
+                ErrorCode.FLOW_CONTROL, f"{self.own_streams} streams are open, which is the peer's limit"
+            )
+        sid = self._next_sid
+        self._control.append(encode(Open(sid, method, meta)))
+        self._next_sid += 2
+        self.own_streams += 1
+        stream = self.streams[sid] = StreamState(sid, self._peer_window)
+        if body:
+            stream.enqueue(body)
+        if end:
+            stream.end = encode(End(sid, {}))
+        self._schedule(stream)
+        return sid
+
+    def send_head(self, sid: int, meta: Meta) -> None:
+        """Send the head of a response, once and before its body. No effect on a stream that is over."""
+        stream = self.streams.get(sid)
+        if stream is None:
+            return
+        if self._is_own(sid) or stream.head_sent or stream.queued or stream.end is not None:
+            raise RuntimeError("a head is sent once, by the side that answers, before the body")
+        self._control.append(encode(Head(sid, meta)))
+        stream.head_sent = True
+
+    def send_data(self, sid: int, data: bytes) -> int:
+        """Queue body bytes and return how many are queued now. No effect on a stream that is over."""
+        stream = self.streams.get(sid)
+        if stream is None:
+            return 0
+        if stream.end is not None:
+            raise RuntimeError("the body was already ended")
+        stream.head_sent = True
+        stream.enqueue(data)
+        self._schedule(stream)
+        return stream.queued
+
+    def end(self, sid: int, meta: Meta) -> None:
+        """End this direction once everything queued is sent. No effect on a stream that is over."""
+        stream = self.streams.get(sid)
+        if stream is None:
+            return
+        if stream.end is not None:
+            raise RuntimeError("the body was already ended")
+        stream.end = encode(End(sid, meta))
+        self._schedule(stream)
+
+    def reset(self, sid: int, code: int, message: str = "", retry_after_ms: int | None = None) -> None:
+        """Cancel or fail a stream. No effect on one that is over."""
+        stream = self.streams.get(sid)
+        if stream is not None:
+            self._control.append(encode(Reset(sid, code, message[:MAX_TEXT], retry_after_ms)))
+            self._remove(stream)
+
+    def stop_receiving(self, sid: int) -> None:
+        """Drop what still arrives on a stream; once this side's END is sent the peer is told to stop."""
+        stream = self.streams.get(sid)
+        if stream is not None:
+            stream.stop_receiving = True
+            if stream.local_ended and not stream.remote_ended:
+                self.reset(sid, ErrorCode.CANCELLED, "the rest of the body is not wanted")
+
+    def consumed(self, sid: int, size: int) -> None:
+        """The application took `size` body bytes: the peer may send that much again."""
+        stream = self.streams.get(sid)
+        if stream is None or stream.stop_receiving:
+            return
+        before = stream.window
+        amount = stream.consumed(size, MAX_CONNECTION_CREDIT - self._extra_window)
+        self._extra_window += stream.window - before
+        if amount:
+            self._control.append(encode(Credit(sid, amount)))
+
+    def ping(self, now: float) -> int:
+        """Ask for a PONG; its token."""
+        token = self._next_token
+        self._next_token += 1
+        self._pings[token] = now
+        self._control.append(encode(Ping(token)))
+        return token
+
+    def forget_ping(self, token: int) -> None:
+        """Nobody waits for this PONG any more."""
+        self._pings.pop(token, None)
+
+    def goaway(self, code: int, message: str = "") -> None:
+        """Take no new streams; those that are open go on. Sent once."""
+        if not self.goaway_sent:
+            self.goaway_sent = True
+            self._control.append(encode(GoAway(self._last_peer_sid, code, message[:MAX_TEXT])))
+
+    # --- what arrives --------------------------------------------------------------------------
+
+    def receive(self, data: bytes | memoryview, now: float) -> list[Event]:
+        """Bytes from the socket. After a `Failed` event the connection is dead and takes no more."""
+        events: list[Event] = []
+        if self.failed:
+            return events
+        self.last_heard = now
+        try:
+            for ciphertext in self._deframer.feed(data):
+                plaintext = self._receive.decrypt(ciphertext)
+                if self._receive.nonce % self._rekey_after == 0:
+                    self._receive.rekey()
+                self.heard = True
+                for message in decode(plaintext):
+                    _ON[type(message)](self, message, now, events)
+        except ProtocolError as error:
+            self._fail(error, events)
+        return events
+
+    def tick(self, now: float) -> list[Event]:
+        """Do what is due: PING a silent peer, give up a dead one, reset streams without credit."""
+        events: list[Event] = []
+        if self.failed:
+            return events
+        silence = now - self.last_heard
+        if silence >= DEAD_AFTER_IDLE:
+            self._fail(DeadlineExceeded(f"the peer was silent for {silence:.0f} s"), events)
+            return events
+        if silence < PING_AFTER_IDLE:
+            self._waiting_ping = False
+        elif not self._waiting_ping:
+            self._waiting_ping = True
+            self.ping(now)
+        for stream in list(self.streams.values()):
+            if not stream.starved:
+                continue
+            if stream.blocked_since is None:
+                stream.blocked_since = now
+            elif now - stream.blocked_since >= CREDIT_DEADLINE:
+                self._reset_locally(stream, f"no credit for {CREDIT_DEADLINE:.0f} s", events)
+        return events
+
+    def next_tick(self, now: float) -> float:
+        """When `tick` should be called next."""
+        silence_at = self.last_heard + (DEAD_AFTER_IDLE if self._waiting_ping else PING_AFTER_IDLE)
+        if silence_at <= now:
+            silence_at = self.last_heard + DEAD_AFTER_IDLE
+        return min(silence_at, now + CREDIT_DEADLINE / 6) if self.streams else silence_at
+
+    # --- what is to be sent --------------------------------------------------------------------
+
+    @property
+    def wants_to_send(self) -> bool:
+        """Whether `pull` would return something."""
+        return bool(self._control or self._ring or self._pongs)
+
+    def pull(self, limit: int) -> list[bytes]:
+        """Frames to write now, about `limit` bytes at most, as pieces in order.
+
+        What is ready together shares a frame. Control messages go first; bodies take turns, one DATA
+        message each.
+        """
+        pieces: list[bytes] = []
+        size = 0
+        while size < limit and (plaintext := self._next_plaintext()):
+            ciphertext = self._send.encrypt(plaintext)
+            if self._send.nonce % self._rekey_after == 0:
+                self._send.rekey()
+            pieces.append(len(ciphertext).to_bytes(2, "big"))
+            pieces.append(ciphertext)
+            size += 2 + len(ciphertext)
+        return pieces
+
+    def _next_plaintext(self) -> bytes:
+        parts: list[bytes | memoryview] = []
+        room = MAX_PLAINTEXT
+        while self._pongs:
+            self._control.append(encode(Pong(self._pongs.popleft(), self._load())))
+        control = self._control
+        while control and len(control[0]) <= room:
+            room -= len(control[0])
+            parts.append(control.popleft())
+        ring = self._ring
+        while ring and not control and room >= _LEAST_ROOM:
+            stream = ring.popleft()
+            taken = stream.take(room)
+            room -= sum(map(len, taken))
+            parts += taken
+            if not stream.queued and stream.end is not None and len(stream.end) <= room:
+                room -= len(stream.end)
+                parts.append(stream.end)
+                self._end_sent(stream)
+            elif stream.can_send:
+                ring.append(stream)
+                if stream.end is not None and not stream.queued:
+                    break  # END does not fit into this frame
+                continue
+            stream.scheduled = False
+        return b"".join(parts)
+
+    def _end_sent(self, stream: StreamState) -> None:
+        stream.local_ended = True
+        if stream.remote_ended:
+            self._remove(stream)
+        elif stream.stop_receiving:
+            self.reset(stream.sid, ErrorCode.CANCELLED, "the rest of the body is not wanted")
+
+    def _schedule(self, stream: StreamState) -> None:
+        if not stream.scheduled and stream.can_send:
+            stream.scheduled = True
+            self._ring.append(stream)
+
+    # --- handlers, one per message type --------------------------------------------------------
+
+    def _on_open(self, message: Open, now: float, events: list[Event]) -> None:
+        sid = message.sid
+        if self._is_own(sid):
+            raise MalformedMessage("the peer opened a stream with an id of ours")
+        if sid <= self._last_peer_sid:
+            raise MalformedMessage("the peer used a stream id twice")
+        if self.goaway_sent:
+            return  # above GOAWAY's last_sid: the peer knows that it was not started
+        self._last_peer_sid = sid
+        if self.peer_streams >= self.max_streams:
+            self._spend_reset(now)
+            self._control.append(
+                encode(Reset(sid, ErrorCode.FLOW_CONTROL, f"more than {self.max_streams} streams"))
+            )
+            return
+        self.peer_streams += 1
+        self.streams[sid] = StreamState(sid, INITIAL_CREDIT)
+        events.append(message)
+
+    def _on_head(self, message: Head, now: float, events: list[Event]) -> None:
+        stream = self._find(message.sid)
+        if stream is None:
+            return
+        if not self._is_own(message.sid) or stream.head_received or stream.remote_ended:
+            raise MalformedMessage("HEAD comes once, from the side that answers, before the body")
+        stream.head_received = True
+        events.append(message)
+
+    def _on_data(self, message: Data, now: float, events: list[Event]) -> None:
+        stream = self._find(message.sid)
+        if stream is None or not message.data:
+            return
+        if stream.remote_ended:
+            raise MalformedMessage("DATA after END")
+        stream.head_received = True
+        if not stream.received(len(message.data)):
+            self._spend_reset(now)
+            self._reset_locally(stream, "more DATA than credit", events)
+        elif not stream.stop_receiving:
+            events.append(message)
+
+    def _on_end(self, message: End, now: float, events: list[Event]) -> None:
+        stream = self._find(message.sid)
+        if stream is None:
+            return
+        if stream.remote_ended:
+            raise MalformedMessage("END twice")
+        stream.head_received = stream.remote_ended = True
+        if stream.local_ended:
+            self._remove(stream)
+        events.append(message)
+
+    def _on_reset(self, message: Reset, now: float, events: list[Event]) -> None:
+        stream = self._find(message.sid)
+        if stream is None:
+            return
+        if not self._is_own(message.sid):
+            self._spend_reset(now)  # the peer cancels what it opened: cheap for it, work for us
+        self._remove(stream)
+        events.append(message)
+
+    def _on_credit(self, message: Credit, now: float, events: list[Event]) -> None:
+        stream = self._find(message.sid)
+        if stream is None:
+            return
+        stream.send_credit += message.amount
+        if stream.send_credit > MAX_CREDIT:
+            raise MalformedMessage(f"more than {MAX_CREDIT} bytes of credit on one stream")
+        stream.blocked_since = None
+        self._schedule(stream)
+
+    def _on_ping(self, message: Ping, now: float, events: list[Event]) -> None:
+        self._pongs.append(message.token)
+
+    def _on_pong(self, message: Pong, now: float, events: list[Event]) -> None:
+        if isinstance(message.token, int):
+            sent_at = self._pings.pop(message.token, None)
+            if sent_at is not None:
+                events.append(Ponged(message.token, now - sent_at, message.load))
+
+    def _on_goaway(self, message: GoAway, now: float, events: list[Event]) -> None:
+        self.goaway_received = message
+        events.append(message)
+        error = goaway_error(message)
+        for stream in list(self.streams.values()):
+            if self._is_own(stream.sid) and stream.sid > message.last_sid:
+                self._remove(stream)
+                events.append(Reset(stream.sid, error.code, error.message))
+
+    # --- helpers -------------------------------------------------------------------------------
+
+    def _is_own(self, sid: int) -> bool:
+        return (sid % 2 == 1) == self._initiator
+
+    def _find(self, sid: int) -> StreamState | None:
+        """The stream, None if it is over. Raises MalformedMessage if it never was."""
+        stream = self.streams.get(sid)
+        if stream is None:
+            never = (
+                sid >= self._next_sid
+                if self._is_own(sid)
+                else sid > self._last_peer_sid and not self.goaway_sent
+            )
+            if never:
+                raise MalformedMessage(f"a message for stream {sid}, which was never opened")
+        return stream
+
+    def _remove(self, stream: StreamState) -> None:
+        del self.streams[stream.sid]
+        self.finished.append(stream.sid)
+        self._extra_window -= stream.window - INITIAL_CREDIT
+        stream.drop_queue()
+        if stream.scheduled:
+            stream.scheduled = False
+            if stream in self._ring:
+                self._ring.remove(stream)
+        if self._is_own(stream.sid):
+            self.own_streams -= 1
+        else:
+            self.peer_streams -= 1
+
+    def _reset_locally(self, stream: StreamState, reason: str, events: list[Event]) -> None:
+        self.reset(stream.sid, ErrorCode.FLOW_CONTROL, reason)
+        events.append(Reset(stream.sid, ErrorCode.FLOW_CONTROL, reason))
+
+    def _spend_reset(self, now: float) -> None:
+        earned = (now - self._reset_budget_at) * RESETS_PER_SECOND
+        self._reset_budget = min(RESET_BURST, self._reset_budget + earned) - 1
+        self._reset_budget_at = now
+        if self._reset_budget < 0:
+            self.goaway(ErrorCode.FLOW_CONTROL, "too many resets")
+
+    def _fail(self, error: ProtocolError | TransportError, events: list[Event]) -> None:
+        if isinstance(error, ProtocolError):
+            self.goaway(ErrorCode.BAD_REQUEST, type(error).__name__)
+        self.failed = True
+        events.append(Failed(error))
+
+    def validate(self) -> None:
+        """Raises AssertionError where an invariant does not hold. For tests, after every step."""
+        for sid, stream in self.streams.items():
+            stream.validate()
+            if stream.sid != sid or (stream.local_ended and stream.remote_ended):
+                raise AssertionError("a stream is filed under its sid and gone when both sides ended")
+            if stream.scheduled != (stream in self._ring) or stream.can_send != stream.scheduled:
+                raise AssertionError("exactly the streams that can send are in the round")
+        if any(stream.sid not in self.streams for stream in self._ring):
+            raise AssertionError("no closed stream is in the round")
+        own = sum(map(self._is_own, self.streams))
+        if (own, len(self.streams) - own) != (self.own_streams, self.peer_streams):
+            raise AssertionError("the counters count the streams")
+        if self.peer_streams > self.max_streams or self.own_streams > self._peer_max_streams:
+            raise AssertionError("no side has more streams than agreed")
+        extra = sum(stream.window - INITIAL_CREDIT for stream in self.streams.values())
+        if extra != self._extra_window or extra > MAX_CONNECTION_CREDIT:
+            raise AssertionError("the windows are within the connection's bound")
+
+
+_ON: dict[type, Callable[..., None]] = {
+    Open: ConnectionState._on_open,
+    Head: ConnectionState._on_head,
+    Data: ConnectionState._on_data,
+    End: ConnectionState._on_end,
+    Reset: ConnectionState._on_reset,
+    Credit: ConnectionState._on_credit,
+    Ping: ConnectionState._on_ping,
+    Pong: ConnectionState._on_pong,
+    GoAway: ConnectionState._on_goaway,
+}
+
+
+def goaway_error(goaway: GoAway) -> RemoteError:
+    """Why a stream was not started by a peer that goes away: its code, or shutting_down if it merely left."""
+    code = ErrorCode.SHUTTING_DOWN if goaway.code == ErrorCode.CANCELLED else goaway.code
+    return remote_error(code, goaway.message)
