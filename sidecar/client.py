@@ -28,6 +28,7 @@ from sidecar.sse import EventParser
 CONNECT_TIMEOUT = 5.0
 MAX_ANSWER_BYTES = 64 << 20
 _READ_BUFFER = 1 << 18
+_CLOSE_TIMEOUT = 1.0
 _SAFE_HEADERS = frozenset({"content-type", "accept"})
 """Only these are passed on: X-Conversation-Id would keep a generation alive after its client left."""
 
@@ -69,9 +70,9 @@ class Response:
                 self.abort(None)
                 raise SidecarTimeout(f"the server sent nothing for {self._idle} s") from None
             except (aiohttp.ClientError, OSError) as error:
-                raise self._fault or BackendUnreachable(
-                    f"the answer broke off: {error}", started=True
-                ) from error
+                if self._fault:
+                    raise self._fault from None
+                raise BackendUnreachable(f"the answer broke off: {error}", started=True) from error
             if self._fault:
                 raise self._fault
             if not data:
@@ -95,8 +96,6 @@ class Response:
         self._fault = fault
         self._client.open_responses.discard(self)
         self._raw.close()
-        if fault:
-            self._raw.content.set_exception(fault)
 
     async def aclose(self) -> None:
         """Close the connection at once; idempotent."""
@@ -126,17 +125,18 @@ class SidecarClient:
     ) -> None:
         await self.aclose()
 
-    async def aclose(self) -> None:
-        """Close every open response and refuse new requests; idempotent."""
-        self.abort(SidecarStopped("the server is stopped"))
-        if self._session:
-            await self._session.close()
+    async def aclose(self, reason: SidecarError | None = None) -> None:
+        """Close every connection and refuse new requests; idempotent.
 
-    def abort(self, reason: SidecarError) -> None:
-        """Close every open response at once; their readers get `reason`."""
-        self._closed = reason
+        Whoever reads a response or waits for one gets `reason`, or SidecarStopped.
+        """
+        self._closed = self._closed or reason or SidecarStopped("the server is stopped")
         for response in list(self.open_responses):
-            response.abort(reason)
+            response.abort(self._closed.copy())
+        if self._session:
+            with contextlib.suppress(TimeoutError):  # a hung server does not take what is still to be sent
+                async with asyncio.timeout(_CLOSE_TIMEOUT):
+                    await self._session.close()
 
     async def request(
         self,
@@ -169,7 +169,7 @@ class SidecarClient:
         response = Response(self, raw, idle_timeout)
         if self._closed:
             raw.close()
-            raise self._closed
+            raise self._closed.copy()
         self.open_responses.add(response)
         return response
 
@@ -178,17 +178,19 @@ class SidecarClient:
     ) -> aiohttp.ClientResponse:
         for attempt in (1, 2):
             if self._closed:
-                raise self._closed
+                raise self._closed.copy()
             try:
                 return await self._connection().request(
                     method, self.base_url + path, data=data, headers=headers
                 )
             except aiohttp.ClientConnectorError as error:
+                if self._closed:
+                    raise self._closed.copy() from None
                 raise BackendUnreachable(f"no connection to {self.base_url}: {error.strerror}") from error
             except (aiohttp.ClientError, OSError) as error:
-                if attempt == 2:
+                if attempt == 2 and not self._closed:
                     raise BackendUnreachable(f"{method} {path} got no answer: {error}") from error
-        raise AssertionError("unreachable")
+        raise self._closed.copy() if self._closed else AssertionError("unreachable")
 
     def _connection(self) -> aiohttp.ClientSession:
         if self._session is None:

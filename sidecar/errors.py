@@ -26,7 +26,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 
 class SidecarError(Exception):
@@ -36,6 +36,12 @@ class SidecarError(Exception):
         super().__init__(message)
         self.message = message
         self.log_tail = list(log_tail)
+
+    def copy(self) -> Self:
+        """The same error to raise elsewhere: one object raised twice collects the tracebacks of both."""
+        twin = self.__class__.__new__(self.__class__, *self.args)
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     def __str__(self) -> str:
         if not self.log_tail:

@@ -30,7 +30,6 @@ from sidecar import orphans
 from sidecar.client import SidecarClient
 from sidecar.config import SidecarConfig, server_arguments
 from sidecar.errors import (
-    BackendError,
     BackendUnreachable,
     ModelLoadFailed,
     OutOfMemory,
@@ -203,7 +202,7 @@ class Supervisor:
         if self.state in life.SERVING and self._child:
             return self._child.client
         if self.state is State.FAILED and self.last_error:
-            raise self.last_error
+            raise self.last_error.copy()
         raise SidecarStopped(f"{self.config.name} was stopped")
 
     async def restart(self, reason: str) -> None:
@@ -278,7 +277,6 @@ class Supervisor:
             if self._child:  # cancelled, or a bug: leave no process
                 self._kill_group(signal.SIGKILL)
                 child, self._child = self._child, None
-                child.client.abort(SidecarStopped("the supervisor ended"))
                 await asyncio.shield(self._reap(child))
 
     async def _next_event(self) -> life.Event:
@@ -305,8 +303,8 @@ class Supervisor:
                     self._events.put_nowait(await self._spawn(effect.plan, group))
                 case life.CloseClients() if self._child:
                     hung = self.last_error if after.goal is life.Goal.RETRY else None
-                    self._child.client.abort(hung or SidecarStopped(f"{self.config.name} is being stopped"))
-                    await asyncio.sleep(0)  # let the transports close before the signal
+                    stopped = SidecarStopped(f"{self.config.name} is being stopped")
+                    await self._child.client.aclose(hung or stopped)
                 case life.Terminate():
                     self._kill_group(signal.SIGTERM)
                 case life.Kill():
@@ -388,8 +386,7 @@ class Supervisor:
         await child.process.wait()
         if child.process.stdin:
             child.process.stdin.close()
-        child.client.abort(BackendUnreachable("the server's process ended", started=True))
-        await child.client.aclose()
+        await child.client.aclose(BackendUnreachable("the server's process ended", started=True))
         await asyncio.to_thread(child.pump.finish, 1.0)
         orphans.remove_record(self._record)
         return child.pump.tail()
@@ -429,7 +426,7 @@ class Supervisor:
             async with await client.request("GET", "/props", timeout=timeout, api_key="not the key") as other:
                 if other.status != 401:
                     return False
-        except (BackendError, BackendUnreachable, SidecarTimeout):
+        except SidecarError:
             return False
         self.info = _info(props, self.config.name)
         return True
@@ -441,12 +438,12 @@ class Supervisor:
         try:
             self.metrics = metrics = await client.metrics(timeout=timeout)
             busy = metrics.get("requests_processing", 0) + metrics.get("requests_deferred", 0) > 0
-        except (BackendError, BackendUnreachable, SidecarTimeout):
+        except SidecarError:
             # A long prompt keeps /metrics waiting; /health does not queue behind it.
             try:
                 if not await client.health(timeout=timeout):
                     return life.Silent("/health does not say 200")
-            except (BackendUnreachable, SidecarTimeout) as error:
+            except SidecarError as error:
                 return life.Silent(str(error))
             metrics, busy = self.metrics, in_flight > 0
         names = ("tokens_predicted_total", "prompt_tokens_total", "n_decode_total")
