@@ -4,7 +4,7 @@ A record is ``array ‖ signature``, at most 512 bytes. The array is msgpack
 ``[1, key, node_id, seq, expires, body]``; the signature is Ed25519 over ``b"qmesh/record/1" ‖ array``
 by ``node_id``. `key` (20 bytes) is signed too, so a record of one key is worthless under another.
 The body of a model's record is the array of `WorkerRecord`'s last ten fields; the body of a catalogue
-record is the array of the model names that its node serves. In a private mesh the body is sealed
+record is an array of ``[model name, workers]``. In a private mesh the body is sealed
 (XChaCha20-Poly1305) with a key derived from the network secret.
 
 Pure: the caller passes `now` in unix seconds.
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -29,6 +29,9 @@ from mesh.errors import AuthenticationError, ConfigurationError, MalformedMessag
 from mesh.identity import NODE_ID_SIZE, SIGNATURE_SIZE, Identity, NodeId, dht_id, verify
 from mesh.limits import MAX_RECORD, MAX_RECORD_LIFETIME, RECORD_CLOCK_SKEW
 from mesh.network import Network
+
+Listing = tuple[tuple[str, int], ...]
+"""Model names, each with the number of workers it is thought to have."""
 
 KEY_SIZE: Final = 20
 DIGEST_SIZE: Final = 16
@@ -90,15 +93,8 @@ class Envelope:
 
 def shard_prefix(node_id: bytes, depth: int) -> bytes:
     """The first `depth` bits of BLAKE2b(node id), in whole bytes with the rest of the bits zero."""
-    return mask_prefix(dht_id(node_id), depth)
-
-
-def mask_prefix(bits: bytes, depth: int) -> bytes:
-    """The first `depth` bits of `bits`, in whole bytes with the rest of the bits zero."""
     size = (depth + 7) // 8
-    if depth < 0 or size > len(bits):
-        raise ValueError(f"no {depth} bits in {len(bits)} bytes")
-    value = int.from_bytes(bits[:size])
+    value = int.from_bytes(dht_id(node_id)[:size])
     return (value >> (8 * size - depth) << (8 * size - depth)).to_bytes(size)
 
 
@@ -158,17 +154,24 @@ def open_record(blob: bytes, network: Network, key: bytes, now: float) -> Worker
 
 
 def sign_catalogue(
-    models: Sequence[str], seq: int, expires: int, identity: Identity, network: Network
+    listing: Iterable[tuple[str, int]], seq: int, expires: int, identity: Identity, network: Network
 ) -> bytes:
-    """The catalogue record that lists `models`. Raises ConfigurationError where they do not fit."""
-    return _sign(identity, network, catalogue_key(network), (identity.id, seq, expires), list(models))
+    """The catalogue record that lists (model name, workers that it is thought to have).
+
+    Raises ConfigurationError where they do not fit.
+    """
+    body = [[name, workers] for name, workers in listing]
+    return _sign(identity, network, catalogue_key(network), (identity.id, seq, expires), body)
 
 
-def open_catalogue(blob: bytes, network: Network, now: float) -> tuple[NodeId, int, tuple[str, ...]]:
-    """(node id, seq, model names) of a verified catalogue record. Raises as `open_record`."""
+def open_catalogue(blob: bytes, network: Network, now: float) -> tuple[NodeId, int, Listing]:
+    """(node id, seq, listing) of a verified catalogue record. Raises as `open_record`."""
     envelope = open_envelope(blob, catalogue_key(network), now)
     body = _open_body(envelope, network)
-    return envelope.node_id, envelope.seq, tuple(_texts(body, MAX_RECORD, "model names"))
+    if not isinstance(body, list) or not all(isinstance(item, list) and len(item) >= 2 for item in body):
+        raise MalformedMessage("a catalogue is a list of names with numbers")
+    listing = tuple((_text(item[0], "model name"), _integer(item[1], 1 << 32, "workers")) for item in body)
+    return envelope.node_id, envelope.seq, listing
 
 
 def open_envelope(blob: bytes, key: bytes, now: float) -> Envelope:

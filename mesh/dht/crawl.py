@@ -11,7 +11,8 @@ from typing import Any
 
 from mesh.dht import limits
 from mesh.dht.addresses import Address, Neighbour, may_introduce, unpack_neighbours
-from mesh.dht.protocol import MeshProtocol, Reply
+from mesh.dht.protocol import MeshProtocol
+from mesh.dht.rpc import Reply
 from mesh.errors import MalformedMessage
 
 _DISTRUST_AFTER = 3

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
-from mesh.dht.protocol import Reply
+from mesh.dht.rpc import Reply
 from mesh.errors import ProtocolError
 
 T = TypeVar("T")

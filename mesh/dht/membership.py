@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import random
 import socket
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mesh.dht import limits
 from mesh.dht.addresses import Address, normal
 from mesh.dht.crawl import Crawl
+from mesh.dht.environment import Environment
 from mesh.dht.protocol import MeshProtocol
 from mesh.dht.state import load_contacts, save_contacts
 from mesh.dht.table import Contact
@@ -38,16 +37,14 @@ class Membership:
         self,
         protocol: MeshProtocol,
         state_path: Path | None,
-        clock: Callable[[], float],
-        wall: Callable[[], float],
-        rng: random.Random,
+        environment: Environment,
     ) -> None:
         self._protocol = protocol
         self._table = protocol.router
         self._state_path = state_path
-        self._clock = clock
-        self._wall = wall
-        self._rng = rng
+        self._clock = environment.clock
+        self._wall = environment.wall
+        self._rng = environment.rng
         self._seeds: dict[tuple[str, int], _Seed] = {}
         self._remembered = load_contacts(state_path) if state_path is not None else []
         self._lost: list[Address] = []
@@ -55,7 +52,7 @@ class Membership:
         self._attempted = asyncio.Event()
         self._backoff = limits.FIRST_BACKOFF
         self._next_rescue = 0.0
-        now = clock()
+        now = self._clock()
         self._next_check = now + limits.CHECK_INTERVAL
         self._next_save = now + limits.SAVE_INTERVAL
         self._next_explore = float("inf")

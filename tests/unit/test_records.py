@@ -185,8 +185,8 @@ def test_shards_differ_and_share_prefixes() -> None:
 
 @pytest.mark.parametrize("network", [OPEN, PRIVATE], ids=["open", "private"])
 def test_a_catalogue_record_lists_names(network: Network) -> None:
-    blob = sign_catalogue(["a", "b"], 5, int(NOW) + 60, WORKER, network)
-    assert open_catalogue(blob, network, NOW) == (WORKER.id, 5, ("a", "b"))
+    blob = sign_catalogue([("a", 1), ("b", 7)], 5, int(NOW) + 60, WORKER, network)
+    assert open_catalogue(blob, network, NOW) == (WORKER.id, 5, (("a", 1), ("b", 7)))
     assert catalogue_key(network) != model_key(network, "a")
     with pytest.raises(ConfigurationError, match="512"):
-        sign_catalogue([f"model-{i}" for i in range(90)], 5, int(NOW) + 60, WORKER, network)
+        sign_catalogue([(f"model-{i}", 1) for i in range(90)], 5, int(NOW) + 60, WORKER, network)

@@ -1,0 +1,203 @@
+"""Finding workers and models: walks, pages of large keys, shards of popular models."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable, Iterable
+from statistics import median
+from typing import Any, TypeVar
+
+from mesh.dht import limits
+from mesh.dht.addresses import Neighbour
+from mesh.dht.crawl import Answer, Crawl
+from mesh.dht.environment import Environment
+from mesh.dht.gather import Gathering
+from mesh.dht.protocol import MeshProtocol
+from mesh.dht.rpc import Reply
+from mesh.dht.shards import SPLIT_AT, flagged_depth
+from mesh.errors import MalformedMessage
+from mesh.network import Network
+from mesh.records import (
+    Listing,
+    SignedRecord,
+    catalogue_key,
+    model_key,
+    open_catalogue,
+    open_record,
+    shard_prefix,
+)
+
+T = TypeVar("T")
+
+
+class Lookups:
+    """The asking side of one node.
+
+    `joined` waits for the first attempt to enter the DHT; `own` gives the records that this node
+    announces itself under a key, which it finds even when it is alone.
+    """
+
+    def __init__(
+        self,
+        protocol: MeshProtocol,
+        network: Network,
+        environment: Environment,
+        *,
+        joined: Callable[[], Awaitable[None]],
+        own: Callable[[bytes], Iterable[bytes]],
+    ) -> None:
+        self._protocol = protocol
+        self._network = network
+        self._joined = joined
+        self._own = own
+        self._clock = environment.clock
+        self._wall = environment.wall
+        self._rng = environment.rng
+        self._depth_hints: dict[str, int] = {}
+
+    async def lookup(self, model: str, want: int) -> list[SignedRecord]:
+        """See `Dht.lookup`."""
+        until = self._clock() + limits.LOOKUP_DEADLINE
+        found: list[SignedRecord] = []
+        for _ in range(limits.MAX_SHARDS_TRIED):
+            depth, gathering = await self.walk(model, self._rng.randbytes(32), want, until)
+            found = gathering.values() or found
+            # Small shards are met as often as large ones: taking a shard with the probability of its
+            # size gives every worker the same chance.
+            if not depth or self._rng.random() * SPLIT_AT < gathering.count or self._clock() > until:
+                break
+        return found
+
+    async def models(self) -> dict[str, int]:
+        """See `Dht.models`."""
+
+        def open_blob(blob: bytes) -> tuple[bytes, int, Listing]:
+            return open_catalogue(blob, self._network, self._wall())
+
+        gathering = Gathering(open_blob, bool, limits.MAX_CATALOGUE, self._rng.randbytes(8))
+        until = self._clock() + limits.LOOKUP_DEADLINE
+        await self._gather(catalogue_key(self._network), gathering, until)
+        estimates: dict[str, list[int]] = {}
+        for listing in gathering.values():
+            for name, workers in dict(listing).items():
+                estimates.setdefault(name, []).append(workers)
+        return {name: _population(sizes) for name, sizes in sorted(estimates.items())}
+
+    async def walk(
+        self, model: str, point: bytes, want: int, until: float
+    ) -> tuple[int, Gathering[SignedRecord]]:
+        """(depth, records) of the shard that `point`, any node id or random bytes, falls into."""
+        depth = self._depth_hints.get(model, 0)
+        tried: dict[int, Gathering[SignedRecord]] = {}
+        while depth not in tried:
+            gathering = await self._shard(model, depth, point, want, until)
+            tried[depth] = gathering
+            records = [signed.record for signed in gathering.values()]
+            told = flagged_depth(records)
+            if records and told <= depth:
+                break
+            # Nothing here: too deep. Signposts: the workers are deeper.
+            depth = told if records else max(0, depth - 1)
+        best = max(tried, key=lambda d: (bool(tried[d].values()), d))
+        self._remember_depth(model, best)
+        return best, tried[best]
+
+    async def count(self, key: bytes) -> int:
+        """How many records there are under a key."""
+
+        def refuse(blob: bytes) -> tuple[bytes, int, bytes]:
+            raise MalformedMessage("records are not looked at")
+
+        gathering = Gathering(refuse, bool, 1, self._rng.randbytes(8))
+        await self._crawl(key, gathering, limits.CRAWL_DEADLINE)
+        return gathering.count
+
+    async def nearest(self, key: bytes) -> list[Answer]:
+        """The contacts nearest to a key, which are to hold its records."""
+        return await Crawl(self._protocol, key, self._start(key)).run()
+
+    async def ask_all(
+        self, answers: Iterable[Answer], method: str, arguments: list[Any]
+    ) -> list[Reply | None]:
+        """The same request to everybody who answered a walk, all at once."""
+        return await asyncio.gather(
+            *(
+                self._protocol.call(answer.address, method, arguments, contact_id=answer.contact_id)
+                for answer in answers
+            )
+        )
+
+    async def _shard(
+        self, model: str, depth: int, point: bytes, want: int, until: float
+    ) -> Gathering[SignedRecord]:
+        key = model_key(self._network, model, depth, shard_prefix(point, depth))
+
+        def open_blob(blob: bytes) -> tuple[bytes, int, SignedRecord]:
+            record = open_record(blob, self._network, key, self._wall())
+            return record.node_id, record.seq, SignedRecord(record, blob, key)
+
+        def useful(signed: SignedRecord) -> bool:
+            return signed.record.health > 0 and signed.record.model == model
+
+        gathering = Gathering(open_blob, useful, want, self._rng.randbytes(8))
+        await self._gather(key, gathering, until)
+        return gathering
+
+    async def _gather(self, key: bytes, gathering: Gathering[T], until: float) -> None:
+        """Own records, held ones, then the walk and further pages, as far as wanted and time allows."""
+        for blob in (*self._own(key), *self._protocol.storage.sample(key, b"", 0, self._wall())):
+            gathering.add(blob)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, until - self._clock())):
+                await self._joined()
+        if gathering.enough:
+            return
+        answers = await self._crawl(key, gathering, until - self._clock())
+        holders = [answer for answer in answers if answer.reply[3:4] != [0]]
+        for _ in range(limits.MAX_PAGES):
+            if gathering.complete or not holders or self._clock() >= until:
+                return
+            batch, holders = holders[: limits.PARALLEL], holders[limits.PARALLEL :]
+            replies = await asyncio.gather(
+                *(
+                    self._protocol.call(
+                        holder.address,
+                        "find_value",
+                        [key, *gathering.arguments()],
+                        contact_id=holder.contact_id,
+                    )
+                    for holder in batch
+                )
+            )
+            for holder, reply in zip(batch, replies, strict=True):
+                if reply is not None:
+                    gathering.take(reply)
+                    holders.append(holder)
+
+    async def _crawl(self, key: bytes, gathering: Gathering[T], deadline: float) -> list[Answer]:
+        return await Crawl(
+            self._protocol,
+            key,
+            self._start(key),
+            method="find_value",
+            arguments=gathering.arguments,
+            on_answer=lambda answer: gathering.take(answer.reply),
+        ).run(deadline)
+
+    def _start(self, key: bytes) -> list[Neighbour]:
+        return [(contact.id, contact.address) for contact in self._protocol.router.closest(key)]
+
+    def _remember_depth(self, model: str, depth: int) -> None:
+        self._depth_hints.pop(model, None)
+        if depth:
+            self._depth_hints[model] = depth
+            if len(self._depth_hints) > limits.MAX_DEPTH_HINTS:
+                del self._depth_hints[next(iter(self._depth_hints))]
+
+
+def _population(estimates: list[int]) -> int:
+    """A few listings are all there are; many are a sample, and what they estimate counts."""
+    if len(estimates) < limits.CATALOGUE_LISTINGS:
+        return len(estimates)
+    return max(len(estimates), round(median(estimates)))
