@@ -1,262 +1,162 @@
-"""The HTTP client of a llama.cpp server: raw bytes as they come, or parsed events and answers.
+"""Every endpoint of a llama.cpp server as a method. Names and bodies are llama-server's own.
 
-Every request has a connection of its own: the server closes kept-alive ones without warning, and a
-fresh one costs 0.1 ms on loopback. When it breaks before the first response byte the request is sent
-once more. Leaving a response early closes its connection at once, which is what frees the slot.
+Source: https://github.com/ggml-org/llama.cpp/blob/master/tools/server/README.md. Anything that is not
+here goes through `request` (raw bytes), `call` (decoded JSON) or `stream_events` (decoded events).
+
+Unless a method says otherwise it raises BackendError for an error answer, BackendUnreachable,
+SidecarTimeout after `timeout` seconds, and SidecarStopped when the server is being stopped.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from types import TracebackType
-from typing import Any, Self
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
 
 import aiohttp
-import orjson
 
-from sidecar.errors import (
-    BackendUnreachable,
-    SidecarError,
-    SidecarStopped,
-    SidecarTimeout,
-    backend_error,
-)
-from sidecar.sse import EventParser
+from sidecar.transport import HttpClient, Json, Response, error_of
 
-CONNECT_TIMEOUT = 5.0
-MAX_ANSWER_BYTES = 64 << 20
-_READ_BUFFER = 1 << 18
-_CLOSE_TIMEOUT = 1.0
-_SAFE_HEADERS = frozenset({"content-type", "accept"})
-"""Only these are passed on: X-Conversation-Id would keep a generation alive after its client left."""
+__all__ = ["Response", "SidecarClient"]
 
-Json = Any
-Body = bytes | Mapping[str, Json] | None
+Object = dict[str, Any]
 
 
-class Response:
-    """One answer: status at once, body as it comes. An async context manager; iterate it for bytes.
+class SidecarClient(HttpClient):
+    """The API of one server. `stream=True` has a method of its own, `stream_events`, for any endpoint."""
 
-    `status` and `content_type` are the server's. Iterating raises BackendUnreachable when the
-    connection breaks, SidecarTimeout after `idle_timeout` seconds of silence, SidecarStopped when the
-    server is being stopped.
-    """
+    # ── generating ──────────────────────────────────────────────────────────────────────────────
 
-    def __init__(
-        self, client: SidecarClient, raw: aiohttp.ClientResponse, idle_timeout: float | None
-    ) -> None:
-        self._client, self._raw, self._idle = client, raw, idle_timeout
-        self.status = raw.status
-        self.content_type = raw.headers.get("Content-Type", "")
-        self._fault: SidecarError | None = None
+    async def completion(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /completion: llama.cpp's own completion; `prompt` may be text or token ids."""
+        return await self._object("POST", "/completion", body, timeout)
 
-    async def __aenter__(self) -> Self:
-        return self
+    async def chat(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /v1/chat/completions."""
+        return await self._object("POST", "/v1/chat/completions", body, timeout)
 
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
+    async def completions(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /v1/completions."""
+        return await self._object("POST", "/v1/completions", body, timeout)
 
-    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
-        content = self._raw.content
-        while True:
-            try:
-                async with asyncio.timeout(self._idle):
-                    data = await content.readany()
-            except TimeoutError:
-                self.abort(None)
-                raise SidecarTimeout(f"the server sent nothing for {self._idle} s") from None
-            except (aiohttp.ClientError, OSError) as error:
-                if self._fault:
-                    raise self._fault from None
-                raise BackendUnreachable(f"the answer broke off: {error}", started=True) from error
-            if self._fault:
-                raise self._fault
-            if not data:
-                return
-            self._client.received += len(data)
-            yield data
+    async def responses(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /v1/responses."""
+        return await self._object("POST", "/v1/responses", body, timeout)
 
-    async def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
-        """The whole body; raises as iterating does, and SidecarError when it is over `limit` bytes."""
-        parts, size = [], 0
-        async for data in self:
-            size += len(data)
-            if size > limit:
-                self.abort(None)
-                raise SidecarError(f"the server's answer is over {limit} bytes")
-            parts.append(data)
-        return b"".join(parts)
+    async def messages(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /v1/messages (the Anthropic form)."""
+        return await self._object("POST", "/v1/messages", body, timeout)
 
-    def abort(self, fault: SidecarError | None) -> None:
-        """Close the connection at once; a reader that waits gets `fault`."""
-        self._fault = fault
-        self._client.open_responses.discard(self)
-        self._raw.close()
+    async def infill(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:
+        """POST /infill: text between `input_prefix` and `input_suffix`; NotSupported by most models."""
+        return await self._object("POST", "/infill", body, timeout)
 
-    async def aclose(self) -> None:
-        """Close the connection at once; idempotent."""
-        self.abort(self._fault)
+    def stream_completion(
+        self, body: Mapping[str, Json], *, idle_timeout: float | None = None
+    ) -> AsyncGenerator[Json, None]:
+        """POST /completion, streamed; the last object has `stop: true`, usage and timings."""
+        return self.stream_events("/completion", body, idle_timeout=idle_timeout)
 
+    def stream_chat(
+        self, body: Mapping[str, Json], *, idle_timeout: float | None = None
+    ) -> AsyncGenerator[Json, None]:
+        """POST /v1/chat/completions, streamed."""
+        return self.stream_events("/v1/chat/completions", body, idle_timeout=idle_timeout)
 
-class SidecarClient:
-    """Talks to one server. Cheap to make; `aclose` closes everything that is open.
+    async def transcribe(
+        self, audio: bytes, *, filename: str = "audio.wav", timeout: float | None = None
+    ) -> Object:
+        """POST /v1/audio/transcriptions with the bytes of an audio file."""
+        form = aiohttp.FormData()
+        form.add_field("file", audio, filename=filename, content_type="application/octet-stream")
+        answer: Object = await self.call("POST", "/v1/audio/transcriptions", form, timeout=timeout)
+        return answer
 
-    `received` counts body bytes and `open_responses` holds what is in flight: the supervisor watches
-    both.
-    """
+    # ── counting and converting ─────────────────────────────────────────────────────────────────
 
-    def __init__(self, base_url: str, api_key: str | None = None) -> None:
-        self.base_url = base_url.rstrip("/")
-        self.api_key = api_key
-        self.received = 0
-        self.open_responses: set[Response] = set()
-        self._session: aiohttp.ClientSession | None = None
-        self._closed: SidecarError | None = None
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        await self.aclose()
-
-    async def aclose(self, reason: SidecarError | None = None) -> None:
-        """Close every connection and refuse new requests; idempotent.
-
-        Whoever reads a response or waits for one gets `reason`, or SidecarStopped.
-        """
-        self._closed = self._closed or reason or SidecarStopped("the server is stopped")
-        for response in list(self.open_responses):
-            response.abort(self._closed.copy())
-        if self._session:
-            with contextlib.suppress(TimeoutError):  # a hung server does not take what is still to be sent
-                async with asyncio.timeout(_CLOSE_TIMEOUT):
-                    await self._session.close()
-
-    async def request(
+    async def tokenize(
         self,
-        method: str,
-        path: str,
-        body: Body = None,
-        headers: Mapping[str, str] | None = None,
+        text: str,
         *,
+        add_special: bool = False,
+        parse_special: bool = True,
         timeout: float | None = None,
-        idle_timeout: float | None = None,
-        api_key: str | None = None,
-    ) -> Response:
-        """Send a request and wait for the head of its answer, whatever its status.
+    ) -> list[int]:
+        """POST /tokenize: the token ids of `text`."""
+        body = {"content": text, "add_special": add_special, "parse_special": parse_special}
+        tokens: list[int] = (await self._object("POST", "/tokenize", body, timeout))["tokens"]
+        return tokens
 
-        `timeout` bounds the time to the head, `idle_timeout` every later silence (seconds; None: no
-        bound). Raises BackendUnreachable, SidecarTimeout, SidecarStopped.
-        """
-        data = body if isinstance(body, bytes | None) else orjson.dumps(body)
-        sent = {k: v for k, v in (headers or {}).items() if k.lower() in _SAFE_HEADERS}
-        if data is not None and not any(k.lower() == "content-type" for k in sent):
-            sent["Content-Type"] = "application/json"
-        key = self.api_key if api_key is None else api_key
-        if key:
-            sent["Authorization"] = f"Bearer {key}"
-        try:
-            async with asyncio.timeout(timeout):
-                raw = await self._send(method, path, data, sent)
-        except TimeoutError:
-            raise SidecarTimeout(f"no answer to {method} {path} within {timeout} s") from None
-        response = Response(self, raw, idle_timeout)
-        if self._closed:
-            raw.close()
-            raise self._closed.copy()
-        self.open_responses.add(response)
-        return response
+    async def detokenize(self, tokens: Sequence[int], *, timeout: float | None = None) -> str:
+        """POST /detokenize: the text of token ids."""
+        body = {"tokens": list(tokens)}
+        return str((await self._object("POST", "/detokenize", body, timeout))["content"])
 
-    async def _send(
-        self, method: str, path: str, data: bytes | None, headers: dict[str, str]
-    ) -> aiohttp.ClientResponse:
-        for attempt in (1, 2):
-            if self._closed:
-                raise self._closed.copy()
-            try:
-                return await self._connection().request(
-                    method, self.base_url + path, data=data, headers=headers
-                )
-            except aiohttp.ClientConnectorError as error:
-                if self._closed:
-                    raise self._closed.copy() from None
-                raise BackendUnreachable(f"no connection to {self.base_url}: {error.strerror}") from error
-            except (aiohttp.ClientError, OSError) as error:
-                if attempt == 2 and not self._closed:
-                    raise BackendUnreachable(f"{method} {path} got no answer: {error}") from error
-        raise self._closed.copy() if self._closed else AssertionError("unreachable")
+    async def apply_template(
+        self, messages: Sequence[Mapping[str, Json]], *, timeout: float | None = None, **options: Json
+    ) -> str:
+        """POST /apply-template: the prompt that the model's chat template makes of `messages`."""
+        body = {"messages": list(messages), **options}
+        return str((await self._object("POST", "/apply-template", body, timeout))["prompt"])
 
-    def _connection(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-                read_bufsize=_READ_BUFFER,
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            )
-        return self._session
+    async def count_chat_tokens(self, body: Mapping[str, Json], *, timeout: float | None = None) -> int:
+        """POST /v1/chat/completions/input_tokens: the prompt tokens of a chat request."""
+        answer = await self._object("POST", "/v1/chat/completions/input_tokens", body, timeout)
+        return int(answer["input_tokens"])
 
-    async def call(self, method: str, path: str, body: Body = None, *, timeout: float | None = None) -> Json:
-        """Send a request and decode its JSON answer.
+    async def count_message_tokens(self, body: Mapping[str, Json], *, timeout: float | None = None) -> int:
+        """POST /v1/messages/count_tokens."""
+        return int((await self._object("POST", "/v1/messages/count_tokens", body, timeout))["input_tokens"])
 
-        Raises BackendError (by status) as well as what `request` raises.
-        """
-        async with await self.request(method, path, body, timeout=timeout, idle_timeout=timeout) as response:
-            data = await response.read()
-            if response.status >= 400:
-                raise error_of(response.status, data)
-            return orjson.loads(data)
+    async def embeddings(self, texts: Sequence[str], *, timeout: float | None = None) -> list[list[float]]:
+        """POST /v1/embeddings: one vector for each text; the server must run with `embeddings`."""
+        answer = await self._object("POST", "/v1/embeddings", {"input": list(texts)}, timeout)
+        rows = sorted(answer["data"], key=lambda row: int(row["index"]))
+        return [list(row["embedding"]) for row in rows]
 
-    async def stream_events(
-        self,
-        path: str,
-        body: Mapping[str, Json],
-        *,
-        timeout: float | None = None,
-        idle_timeout: float | None = None,
-    ) -> AsyncIterator[Json]:
-        """The decoded `data` of every event of a streamed answer, without the final `[DONE]`.
+    async def rerank(
+        self, query: str, documents: Sequence[str], *, timeout: float | None = None
+    ) -> list[tuple[int, float]]:
+        """POST /v1/rerank: (index, score) of every document, best first; needs a reranking model."""
+        body = {"query": query, "documents": list(documents)}
+        results = (await self._object("POST", "/v1/rerank", body, timeout))["results"]
+        scores = [(int(row["index"]), float(row["relevance_score"])) for row in results]
+        return sorted(scores, key=lambda pair: -pair[1])
 
-        Raises BackendError for an error answer, also for one in mid-stream.
-        """
-        request = {**body, "stream": True}
-        async with await self.request(
-            "POST", path, request, timeout=timeout, idle_timeout=idle_timeout
-        ) as response:
-            if response.status >= 400:
-                raise error_of(response.status, await response.read())
-            parser = EventParser()
-            async for chunk in response:
-                for event in parser.feed(chunk):
-                    if event.data == b"[DONE]":
-                        return
-                    data = orjson.loads(event.data)
-                    if isinstance(data, dict) and "error" in data:
-                        raise backend_error(500, data["error"], event.data)
-                    yield data
-
-    # ── endpoints ───────────────────────────────────────────────────────────────────────────────
+    # ── the server itself ───────────────────────────────────────────────────────────────────────
 
     async def health(self, *, timeout: float | None = None) -> bool:
-        """Whether /health says 200; False while the model loads (503)."""
+        """GET /health: True for 200, False for any other answer (503 while the model loads)."""
         async with await self.request("GET", "/health", timeout=timeout) as response:
             return response.status == 200
 
-    async def props(self, *, timeout: float | None = None) -> dict[str, Json]:
-        """The server's settings: context, slots, chat template, build."""
-        answer: dict[str, Json] = await self.call("GET", "/props", timeout=timeout)
-        return answer
+    async def models(self, *, timeout: float | None = None) -> list[Object]:
+        """GET /v1/models."""
+        return list((await self._object("GET", "/v1/models", None, timeout))["data"])
+
+    async def props(self, *, timeout: float | None = None) -> Object:
+        """GET /props: context, slots, chat template, build."""
+        return await self._object("GET", "/props", None, timeout)
+
+    async def slots(self, *, timeout: float | None = None) -> list[Object]:
+        """GET /slots; polling it keeps an idle server awake."""
+        return list(await self.call("GET", "/slots", timeout=timeout))
+
+    async def slot_action(
+        self, slot: int, action: str, body: Mapping[str, Json] | None = None, *, timeout: float | None = None
+    ) -> Object:
+        """POST /slots/:id?action=save|restore|erase."""
+        return await self._object("POST", f"/slots/{slot}?action={action}", body or {}, timeout)
+
+    async def lora_adapters(self, *, timeout: float | None = None) -> list[Object]:
+        """GET /lora-adapters."""
+        return list(await self.call("GET", "/lora-adapters", timeout=timeout))
 
     async def metrics(self, *, timeout: float | None = None) -> dict[str, float]:
-        """The Prometheus page as name → value, without the `llamacpp:` prefix."""
+        """GET /metrics as name → value, without the `llamacpp:` prefix.
+
+        Its averages are over the time since the last scrape: have only one scraper.
+        """
         async with await self.request("GET", "/metrics", timeout=timeout, idle_timeout=timeout) as response:
             data = await response.read()
             if response.status >= 400:
@@ -269,11 +169,8 @@ class SidecarClient:
                     values[name.removeprefix("llamacpp:")] = float(value)
         return values
 
-
-def error_of(status: int, body: bytes) -> SidecarError:
-    """The exception for the body of an error answer."""
-    try:
-        decoded = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return backend_error(status, body[:500].decode("utf-8", "replace"), body)
-    return backend_error(status, decoded.get("error") if isinstance(decoded, dict) else decoded, body)
+    async def _object(
+        self, method: str, path: str, body: Mapping[str, Json] | None, timeout: float | None
+    ) -> Object:
+        answer: Object = await self.call(method, path, body, timeout=timeout)
+        return answer

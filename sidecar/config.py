@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from sidecar.lifecycle import Plan
 from sidecar.modes import Mode
+from sidecar.states import Plan
 
 
 class SidecarConfig(BaseModel):
@@ -45,6 +46,11 @@ class SidecarConfig(BaseModel):
         if self.alias:
             return self.alias
         return self.model.stem if self.model else str(self.backend_url)
+
+    @property
+    def file_name(self) -> str:
+        """The name with all that is unusual in file names replaced."""
+        return re.sub(r"[^\w.-]", "_", self.name)[:80]
 
 
 def server_arguments(config: SidecarConfig, plan: Plan, *, port: int, threads: int) -> list[str]:

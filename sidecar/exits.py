@@ -38,7 +38,7 @@ class Exit:
     message: str
 
 
-def judge(code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool | None) -> Exit:  # noqa: PLR0911 - one per row
+def judge(code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool | None) -> Exit:
     """Judge an exit that nobody asked for.
 
     `code` is negative for a signal, as in `subprocess`. `memory_kill` says whether the kernel killed

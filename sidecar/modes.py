@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from sidecar.gguf import GgufHeader
-from sidecar.lifecycle import Plan
+from sidecar.states import Plan
 
 SMALL_MODEL_BYTES = 64 << 20
 """Below this, one thread is faster than two: the threads wait for each other longer than they compute."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from sidecar.errors import SidecarError
+
 MAX_EVENT_BYTES = 16 << 20
 _LINE_END = re.compile(rb"\r\n|\n|\r")
 
@@ -22,7 +24,7 @@ class Event:
     name: str = ""
 
 
-class EventTooLarge(ValueError):
+class EventTooLarge(SidecarError):
     """An event is over MAX_EVENT_BYTES."""
 
 

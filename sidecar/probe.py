@@ -1,0 +1,92 @@
+"""Asks a server process whether it is ours, ready, and making progress."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sidecar.child import Child
+from sidecar.errors import SidecarError
+from sidecar.states import Answered, Silent
+
+_WORK = ("tokens_predicted_total", "prompt_tokens_total", "n_decode_total")
+
+
+@dataclass(frozen=True, slots=True)
+class Probing:
+    """How often the server is asked, in seconds."""
+
+    loading_first: float = 0.02
+    loading_most: float = 0.5
+    progress: float = 1.0
+    """Between two samples of progress while loading."""
+    tell: float = 5.0
+    """Between two lines for people while loading."""
+    idle: float = 5.0
+    busy: float = 2.0
+    degraded: float = 1.0
+    timeout: float = 3.0
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a ready server says of itself. `context` is in tokens per slot."""
+
+    model: str
+    context: int
+    slots: int
+    build: str
+    chat_template: str
+
+
+async def introduce(child: Child, name: str, timeout: float) -> Info | None:
+    """What the server says of itself once it is ready and ours; None until then.
+
+    Ours is proved by the random key: it is accepted, and another one is not. A foreign server that
+    took our port, or one without any key, fails this.
+    """
+    client = child.client
+    try:
+        if not await client.health(timeout=timeout):
+            return None
+        props = await client.props(timeout=timeout)
+        async with await client.request("GET", "/props", timeout=timeout, api_key="not the key") as other:
+            return _info(props, name) if other.status == 401 else None
+    except SidecarError:
+        return None
+
+
+async def examine(
+    child: Child, last: Mapping[str, float], probing: Probing
+) -> tuple[Answered | Silent, Mapping[str, float]]:
+    """One probe of a serving process: the event for the lifecycle, and the newest metrics.
+
+    One request to /metrics does for both questions; /health is asked only when that is silent, since
+    a long prompt keeps /metrics waiting and /health does not queue behind it.
+    """
+    client = child.client
+    in_flight = bool(client.open_responses)
+    try:
+        last = metrics = await client.metrics(timeout=probing.timeout)
+        busy = metrics.get("requests_processing", 0) + metrics.get("requests_deferred", 0) > 0
+    except SidecarError:
+        try:
+            if not await client.health(timeout=probing.timeout):
+                return Silent("/health does not say 200"), last
+        except SidecarError as error:
+            return Silent(error.message), last
+        busy = in_flight
+    work = (*(int(last.get(name, 0)) for name in _WORK), client.received)
+    return Answered(busy, work, computing=child.computed() > 0.2 * probing.busy), last
+
+
+def _info(props: Mapping[str, Any], name: str) -> Info:
+    settings = props.get("default_generation_settings") or {}
+    return Info(
+        model=name,
+        context=int(settings.get("n_ctx") or 0),
+        slots=int(props.get("total_slots") or 1),
+        build=str(props.get("build_info") or ""),
+        chat_template=str(props.get("chat_template") or ""),
+    )
