@@ -71,12 +71,12 @@ class GgufHeader:
         heads = max(1, self._int("attention.head_count"))
         size = self._int("embedding_length") // heads
         sizes = self._int("attention.key_length", size) + self._int("attention.value_length", size)
-        per_layer = self.metadata.get(f"{self.architecture}.attention.head_count_kv", heads)
+        per_layer = self.metadata.get(f"{self.architecture}.attention.head_count_kv")
         if isinstance(per_layer, list):
-            kv_heads = sum(int(n) for n in per_layer if isinstance(n, int | float))
+            kv_heads = sum(n for n in per_layer if isinstance(n, int))
         else:
-            kv_heads = int(per_layer) * self.layers
-        return 2 * sizes * kv_heads
+            kv_heads = self._int("attention.head_count_kv", heads) * self.layers
+        return 2 * sizes * max(0, kv_heads)
 
     def memory(self, tokens: int) -> int:
         """Estimated resident bytes: weights, cache for `tokens` in all, 10 % and 64 MiB of buffers."""
@@ -86,7 +86,7 @@ class GgufHeader:
         value = self.metadata.get(f"{self.architecture}.{key}", default)
         if isinstance(value, list):
             value = max((v for v in value if isinstance(v, int)), default=default)
-        return int(value) if isinstance(value, int | float) else default
+        return value if isinstance(value, int) and value >= 0 else default
 
 
 def read_header(path: Path) -> GgufHeader:
