@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterable
 from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
@@ -16,7 +14,8 @@ Neighbour = tuple[bytes, Address]
 """(20-byte DHT id, address)"""
 
 _CACHE = 8192
-_FAMILIES = {4: (4, socket.AF_INET), 6: (16, socket.AF_INET6)}
+_SIZES = {4: 7, 6: 19}
+"""Bytes of a compact address by its IP version."""
 
 
 @lru_cache(_CACHE)
@@ -60,23 +59,20 @@ def may_introduce(teller: str, told: str) -> bool:
     return scope(teller) <= scope(told) < 3
 
 
-def pack_neighbours(neighbours: Iterable[Neighbour]) -> list[bytes]:
-    """The compact form, one item per neighbour: id (20) ‖ 4 or 6 ‖ address (4 or 16) ‖ port (2)."""
-    items = []
-    for contact_id, (host, port) in neighbours:
-        address = parse(host)
-        items.append(contact_id + bytes([address.version]) + address.packed + port.to_bytes(2))
-    return items
+def pack_neighbour(contact_id: bytes, address: Address) -> bytes:
+    """The compact form in replies: id (20) ‖ address as `pack_address`."""
+    return contact_id + pack_address(address)
 
 
 def unpack_neighbours(data: bytes) -> list[Neighbour]:
-    """The neighbours in a reply. Raises MalformedMessage."""
+    """The neighbours in a reply, packed one after another. Raises MalformedMessage."""
     neighbours: list[Neighbour] = []
     position = 0
     while position < len(data):
-        contact_id = data[position : position + KEY_SIZE]
-        address, position = _unpack_address(data, position + KEY_SIZE)
-        neighbours.append((contact_id, address))
+        start = position + KEY_SIZE
+        end = start + _SIZES.get(data[start] if start < len(data) else 0, 0)
+        neighbours.append((data[position:start], unpack_address(data[start:end])))
+        position = end
     return neighbours
 
 
@@ -86,20 +82,12 @@ def pack_address(address: Address) -> bytes:
     return bytes([host.version]) + host.packed + address[1].to_bytes(2)
 
 
+@lru_cache(_CACHE)
 def unpack_address(data: bytes) -> Address:
     """The inverse of `pack_address`. Raises MalformedMessage."""
-    address, end = _unpack_address(data, 0)
-    if end != len(data):
-        raise MalformedMessage("bytes after an address")
-    return address
-
-
-def _unpack_address(data: bytes, position: int) -> tuple[Address, int]:
-    size, family = _FAMILIES.get(data[position] if position < len(data) else 0, (0, None))
-    end = position + 1 + size + 2
-    if family is None or end > len(data):
+    if not data or _SIZES.get(data[0]) != len(data):
         raise MalformedMessage("not a compact address")
-    port = int.from_bytes(data[end - 2 : end])
+    port = int.from_bytes(data[-2:])
     if port == 0:
         raise MalformedMessage("an address without a port")
-    return (normal(socket.inet_ntop(family, data[position + 1 : end - 2])), port), end
+    return normal(str(ip_address(data[1:-2]))), port

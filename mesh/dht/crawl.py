@@ -26,7 +26,7 @@ class _State(Enum):
     DEAD = auto()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Candidate:
     contact_id: bytes
     distance: int

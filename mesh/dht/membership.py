@@ -132,10 +132,11 @@ class Membership:
             contact = await self._protocol.meet(address, seed.found)
             if contact is None:
                 seed.reason = f"no answer from {address[0]}:{address[1]} over UDP"
-        pause = limits.SEED_INTERVAL
+        # Seeds are asked the more rarely the more nodes there are to ask them.
+        pause = max(limits.SEED_INTERVAL, float(len(self._table)))
         if contact is None:
             seed.failures += 1
-            pause = min(limits.MAX_BACKOFF, limits.FIRST_BACKOFF * 2 ** min(seed.failures, 10))
+            pause = min(pause, limits.FIRST_BACKOFF * 2 ** min(seed.failures, 20))
         else:
             seed.failures = 0
         seed.next_try = self._clock() + pause * self._rng.uniform(0.75, 1.25)

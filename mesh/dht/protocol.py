@@ -13,7 +13,6 @@ from mesh.dht.addresses import (
     Address,
     may_introduce,
     pack_address,
-    pack_neighbours,
     unpack_address,
 )
 from mesh.dht.datagrams import OVERHEAD
@@ -118,16 +117,13 @@ class MeshProtocol(RpcProtocol):
 
     def _neighbours(self, target: bytes, request: Request, most: int) -> bytes:
         room = request.budget - _FIND_HEAD
-        near = [
-            (contact.id, contact.address)
-            for contact in self.router.closest(target, most + 1)
-            if contact.node_id != request.asker and may_introduce(request.address[0], contact.ip)
-        ]
         packed = b""
-        for item in pack_neighbours(near[:most]):
-            if len(packed) + len(item) > room:
+        for contact in self.router.closest(target, most):
+            if contact.node_id == request.asker or not may_introduce(request.address[0], contact.ip):
+                continue
+            if len(packed) + len(contact.packed) > room:
                 break
-            packed += item
+            packed += contact.packed
         return packed
 
     # Contacts

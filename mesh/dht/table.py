@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from kademlia.node import Node
 from kademlia.routing import KBucket, RoutingTable
 
-from mesh.dht.addresses import Address, scope, subnet
+from mesh.dht.addresses import Address, pack_neighbour, scope, subnet
 from mesh.dht.limits import BUCKET_SIZE, MAX_CONTACTS_PER_SUBNET, MAX_FAILURES
 from mesh.identity import dht_id
 
@@ -26,6 +26,7 @@ class Contact(Node):  # type: ignore[misc]  # the package has no types
         super().__init__(dht_id(node_id), *address)
         self.node_id = node_id
         self.address = address
+        self.packed = pack_neighbour(self.id, address)
         self.found = found
         self.last_seen = now
         self.rtt: float | None = None
