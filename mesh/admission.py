@@ -50,7 +50,7 @@ class Refusal:
 
 
 def network_of(host: str) -> IPNetwork | None:
-    """The /24 (IPv4, also when mapped into IPv6) or /64 that an address is counted under; None if loopback."""
+    """The /24 (IPv4, also mapped into IPv6) or /64 that an address counts under; None for loopback."""
     address: IPv4Address | IPv6Address = ip_address(host.partition("%")[0])
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped

@@ -87,10 +87,11 @@ class ConnectionState:
     """
 
     __slots__ = (
-        "_control", "_deframer", "_extra_window", "_handlers", "_initiator", "_last_peer_sid", "_load", "_next_sid",
-        "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs", "_receive", "_rekey_after",
-        "_reset_budget", "_reset_budget_at", "_ring", "_send", "_waiting_ping", "failed", "finished", "goaway_received",
-        "goaway_sent", "heard", "last_heard", "max_streams", "own_streams", "peer_streams", "streams",
+        "_control", "_deframer", "_extra_window", "_initiator", "_last_peer_sid", "_load",
+        "_next_sid", "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs",
+        "_receive", "_rekey_after", "_reset_budget", "_reset_budget_at", "_ring", "_send",
+        "_waiting_ping", "failed", "finished", "goaway_received", "goaway_sent", "heard",
+        "last_heard", "max_streams", "own_streams", "peer_streams", "streams",
     )  # fmt: skip
 
     def __init__(

@@ -216,10 +216,9 @@ def decode(plaintext: bytes) -> list[Message]:
     try:
         unpacker.feed(plaintext)
         for fields in unpacker:
-            if type(fields) is not list or not fields or type(fields[0]) is not int or fields[0] < 0:
-                raise MalformedMessage("a message is an array that starts with its type")
-            if fields[0] < len(_DECODERS):
-                messages.append(_DECODERS[fields[0]](fields))
+            message = _decode_one(fields)
+            if message is not None:
+                messages.append(message)
         consumed = unpacker.tell()
     except MalformedMessage:
         raise
@@ -228,6 +227,12 @@ def decode(plaintext: bytes) -> list[Message]:
     if consumed != len(plaintext) or not plaintext:
         raise MalformedMessage("a frame ends in the middle of a message, or is empty")
     return messages
+
+
+def _decode_one(fields: object) -> Message | None:
+    if type(fields) is not list or not fields or type(fields[0]) is not int or fields[0] < 0:
+        raise MalformedMessage("a message is an array that starts with its type")
+    return _DECODERS[fields[0]](fields) if fields[0] < len(_DECODERS) else None
 
 
 def _decode_open(fields: list[Any]) -> Message:

@@ -186,8 +186,8 @@ class Responder:
         message = prefix_length(self._noise.write(msgpack.packb(payload)))
         send, receive = self._noise.split()
         return message, Agreed(
-            peer_id=peer_id, peer_agent=_agent(self._hello), send=send, receive=receive, max_streams=MAX_STREAMS,
-            window=INITIAL_CREDIT, clock_skew=_clock_skew(self._hello, now_ms),
+            peer_id=peer_id, peer_agent=_agent(self._hello), send=send, receive=receive,
+            max_streams=MAX_STREAMS, window=INITIAL_CREDIT, clock_skew=_clock_skew(self._hello, now_ms),
         )  # fmt: skip
 
     def check_version(self) -> None:

@@ -90,19 +90,9 @@ class Handshake:
     """
 
     __slots__ = (
-        "_chain",
-        "_ephemeral",
-        "_hash",
-        "_initiator",
-        "_key",
-        "_nonce",
-        "_psk",
-        "_remote_ephemeral",
-        "_static",
-        "_static_public",
-        "_step",
-        "remote_static",
-    )
+        "_chain", "_ephemeral", "_hash", "_initiator", "_key", "_nonce", "_psk",
+        "_remote_ephemeral", "_static", "_static_public", "_step", "remote_static",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -224,7 +214,7 @@ class Handshake:
             )
         except CryptoError as error:
             raise AuthenticationError(
-                "the handshake did not authenticate: another network name or secret, another node, or tampered bytes"
+                "the handshake did not authenticate: another network name, secret or node, or tampered bytes"
             ) from error
         self._nonce += 1
         self._mix_hash(ciphertext)

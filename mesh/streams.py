@@ -25,9 +25,9 @@ class StreamState:
     """
 
     __slots__ = (
-        "_data_prefix", "_queue", "blocked_since", "end", "granting", "head_received", "head_sent", "local_ended",
-        "queued", "receive_credit", "remote_ended", "scheduled", "send_credit", "sid", "stop_receiving", "unread",
-        "window",
+        "_data_prefix", "_queue", "blocked_since", "end", "granting", "head_received",
+        "head_sent", "local_ended", "queued", "receive_credit", "remote_ended", "scheduled",
+        "send_credit", "sid", "stop_receiving", "unread", "window",
     )  # fmt: skip
 
     def __init__(self, sid: int, send_credit: int) -> None:
