@@ -1,0 +1,168 @@
+"""The asynchronous client of a mesh."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+from client_sdk.directory import Directory, Entry
+from client_sdk.dispatch import Dispatcher
+from client_sdk.failover import ChatJournal, Journal, TextJournal
+from client_sdk.generate import TokenStream
+from client_sdk.pool import Pool
+from client_sdk.selection import Need
+from client_sdk.types import Completion, ModelInfo, Timeouts, WorkerInfo
+from mesh.entry import parse_entry
+from mesh.errors import BadRequest
+from mesh.identity import Identity
+from mesh.network import OPEN_NETWORK, Network
+
+Message = Mapping[str, Any]
+
+CHARACTERS_PER_TOKEN = 4
+DEFAULT_ANSWER = 256
+
+
+class MeshClient:
+    """A client of the mesh that `join` leads to; an asynchronous context manager.
+
+    `join` is one entry node or several, each as `HOST:PORT`, `ID@HOST:PORT` or a join token. A token
+    brings the network's name and secret along; otherwise `network` names it (default: the open one).
+    Without an `identity` the client makes one for itself.
+
+    Raises ConfigurationError for an entry that cannot be read. Nothing is connected before the first
+    request. ::
+
+        async with MeshClient(join="127.0.0.1:9470") as mesh:
+            async for token in mesh.generate_stream("Why is the sky blue?", max_tokens=64):
+                print(token.text, end="")
+    """
+
+    def __init__(
+        self,
+        join: str | Sequence[str],
+        *,
+        network: str | Network = OPEN_NETWORK,
+        identity: Identity | None = None,
+        timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
+    ) -> None:
+        self.timeouts = timeouts
+        self.network, entries = _resolve([join] if isinstance(join, str) else list(join), network)
+        self.identity = identity or Identity()
+        self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect)
+        self._directory = Directory(self._pool, entries, timeout=timeouts.find)
+        self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, random.Random())  # noqa: S311 - no secret
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close every connection; running answers end with ConnectionClosed. Idempotent."""
+        await self._dispatcher.close()
+        await self._directory.close()
+        await self._pool.close()
+
+    def generate_stream(
+        self,
+        prompt: str,
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        priority: int = 0,
+        **options: Any,
+    ) -> TokenStream:
+        """Continue a text, token by token.
+
+        `model` defaults to the one that most workers have. `options` go to llama-server's
+        `/completion` as they are (`top_p`, `json_schema`, `grammar` …).
+        """
+        body = _without_none(
+            {"n_predict": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, **options}
+        )
+        return self._stream(TextJournal(prompt, body), len(prompt), model, max_tokens, priority)
+
+    async def generate(self, prompt: str, **options: Any) -> Completion:
+        """As `generate_stream`, but waits for the whole answer."""
+        return await self.generate_stream(prompt, **options).read()
+
+    def chat_stream(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        model: str | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        priority: int = 0,
+        **options: Any,
+    ) -> TokenStream:
+        """Answer a conversation (a list of OpenAI messages, or one user message), token by token.
+
+        `options` go to `/v1/chat/completions` as they are (`tools`, `response_format`, `top_p` …).
+        Raises BadRequest for messages that are none.
+        """
+        history = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        if not history or not all(isinstance(message, Mapping) and "role" in message for message in history):
+            raise BadRequest(
+                "messages must be a list of {'role': …, 'content': …}, with at least one of them"
+            )
+        body = _without_none(
+            {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, **options}
+        )
+        length = sum(len(str(message.get("content") or "")) for message in history)
+        return self._stream(ChatJournal(history, body), length, model, max_tokens, priority)
+
+    async def chat(self, messages: str | Sequence[Message], **options: Any) -> Completion:
+        """As `chat_stream`, but waits for the whole answer; its `message` continues the history."""
+        return await self.chat_stream(messages, **options).read()
+
+    async def workers(self, model: str | None = None) -> list[WorkerInfo]:
+        """The workers of a model (of the default one where None), best first, asked for anew.
+
+        Raises NoWorkers, ConnectFailed.
+        """
+        name = model or await self._directory.default_model()
+        records = await self._dispatcher.candidates(name, fresh=True)
+        return sorted((self._dispatcher.describe(record) for record in records), key=lambda one: one.expected)
+
+    async def models(self) -> list[ModelInfo]:
+        """The models of the mesh, most workers first. Raises ConnectFailed."""
+        counts = await self._directory.models()
+        return [
+            ModelInfo(name, counts[name]) for name in sorted(counts, key=lambda name: (-counts[name], name))
+        ]
+
+    def _stream(
+        self, journal: Journal, characters: int, model: str | None, max_tokens: int | None, priority: int
+    ) -> TokenStream:
+        if max_tokens is not None and max_tokens < 1:
+            raise BadRequest("max_tokens must be at least 1")
+        need = Need(characters // CHARACTERS_PER_TOKEN + 1, max_tokens or DEFAULT_ANSWER)
+        return TokenStream(self._dispatcher, journal, need, model, priority)
+
+
+def _resolve(join: Sequence[str], network: str | Network) -> tuple[Network, list[Entry]]:
+    """The network and the entry nodes that the join arguments name."""
+    chosen = network if isinstance(network, Network) else Network(network)
+    entries: list[Entry] = []
+    for text in join:
+        target = parse_entry(text)
+        if target.network is not None:
+            chosen = target.network
+        entries += [Entry(address, target.peer) for address in target.addresses]
+    return chosen, entries
+
+
+def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}

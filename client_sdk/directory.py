@@ -1,0 +1,155 @@
+"""Which workers and models there are: asked of the mesh over TCP, verified here, cached for a while."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from client_sdk.pool import Address, Pool
+from mesh.address import format_address, parse_address
+from mesh.errors import ConnectFailed, NoWorkers, ProtocolError, QMeshError
+from mesh.identity import NodeId
+from mesh.records import WorkerRecord, open_record
+from mesh.tasks import TaskOwner
+from mesh.transport import Connection
+
+FRESH = 30.0
+"""Seconds for which an answer about workers is used again."""
+WANT = 16
+MAX_KNOWN = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A node to start from; where its id is known nobody else can pose as it."""
+
+    address: Address
+    peer: NodeId | None = None
+
+
+class Directory:
+    """Answers from the mesh. Identical questions at the same time are asked once."""
+
+    def __init__(self, pool: Pool, entries: list[Entry], *, timeout: float) -> None:
+        if not entries:
+            raise ValueError("at least one entry node is needed")
+        self._pool = pool
+        self._entries = entries
+        self._timeout = timeout
+        self._cache: dict[str, tuple[float, list[WorkerRecord]]] = {}
+        self._known: dict[NodeId, Entry] = {}
+        """Workers seen in answers: other ways in when the entry nodes are gone."""
+        self._asking: dict[str, asyncio.Task[list[WorkerRecord]]] = {}
+        self._tasks = TaskOwner()
+
+    async def workers(self, model: str, *, fresh: bool = False) -> list[WorkerRecord]:
+        """Valid records of a model's workers, at most 30 s old unless `fresh`.
+
+        Raises ConnectFailed where no entry node can be reached.
+        """
+        cached = self._cache.get(model)
+        now = time.monotonic()
+        if cached is not None and not fresh and now - cached[0] < FRESH:
+            return [record for record in cached[1] if record.expires > time.time()]
+        task = self._asking.get(model)
+        if task is None:
+            task = self._tasks.spawn(self._find(model), name=f"find {model}", awaited=True)
+            self._asking[model] = task
+        return await asyncio.shield(task)
+
+    async def models(self) -> dict[str, int]:
+        """Every model on the mesh with the number of its workers."""
+        trailer = await self._ask("models", {})
+        models = trailer.get("models")
+        if not isinstance(models, Mapping):
+            raise ProtocolError("the node's answer about models has the wrong form")
+        return {str(name): int(count) for name, count in models.items()}
+
+    async def default_model(self) -> str:
+        """The model that most workers have. Raises NoWorkers where the mesh has none."""
+        models = await self.models()
+        if not models:
+            raise NoWorkers("the mesh has no worker yet; start one with `qmesh-node run`")
+        return max(sorted(models), key=lambda name: models[name])
+
+    def forget(self, model: str) -> None:
+        """The cached workers turned out to be useless: ask again next time."""
+        self._cache.pop(model, None)
+
+    async def close(self) -> None:
+        """Stop what is being asked."""
+        await self._tasks.close()
+
+    async def _find(self, model: str) -> list[WorkerRecord]:
+        try:
+            trailer = await self._ask("find", {"model": model, "want": WANT})
+            newest: dict[NodeId, WorkerRecord] = {}
+            for item in trailer.get("records") or []:
+                try:
+                    key, blob = item
+                    record = open_record(blob, self._pool.network, key, time.time())
+                except (QMeshError, TypeError, ValueError):
+                    continue  # A liar's record is worth as much as none.
+                if record.model != model or record.health <= 0:
+                    continue
+                known = newest.get(record.node_id)
+                if known is None or known.seq < record.seq:
+                    newest[record.node_id] = record
+            records = list(newest.values())
+            if records:
+                self._cache[model] = (time.monotonic(), records)
+            else:
+                self._cache.pop(model, None)
+            for record in records:
+                if len(self._known) < MAX_KNOWN and record.addresses:
+                    self._known[record.node_id] = Entry(parse_address(record.addresses[0]), record.node_id)
+            return records
+        finally:
+            del self._asking[model]
+
+    async def _ask(self, method: str, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+        """One question to the first entry node that answers."""
+        failures: list[str] = []
+        async for connection in self._ways_in(failures):
+            try:
+                async with asyncio.timeout(self._timeout):
+                    stream = await connection.open(method, meta)
+                    async with stream:
+                        while await stream.read() is not None:
+                            pass
+                        return stream.trailer or {}
+            except (QMeshError, OSError, TimeoutError) as error:
+                self._pool.drop(connection.peer_id, connection)
+                failures.append(f"{format_address(*connection.remote_address[:2])}: {_reason(error)}")
+        raise ConnectFailed("no entry node can be reached (" + "; ".join(failures) + ")")
+
+    async def _ways_in(self, failures: list[str]) -> AsyncIterator[Connection]:
+        """Connections to ask, those that are open first."""
+        entries = [*self._entries, *self._known.values()]
+        tried: set[NodeId] = set()
+        for entry in entries:
+            connection = None if entry.peer is None else self._pool.peek(entry.peer)
+            if connection is not None:
+                tried.add(connection.peer_id)
+                yield connection
+        for index, entry in enumerate(entries):
+            if entry.peer in tried:
+                continue
+            try:
+                connection = await self._pool.enter(entry.address, entry.peer)
+            except (QMeshError, OSError) as error:
+                failures.append(f"{format_address(*entry.address)}: {_reason(error)}")
+                continue
+            if entry.peer is None:
+                # Trust on first use: from now on only this node is accepted at the address.
+                self._entries[index] = Entry(entry.address, connection.peer_id)
+            if connection.peer_id not in tried:
+                tried.add(connection.peer_id)
+                yield connection
+
+
+def _reason(error: BaseException) -> str:
+    return str(error) or type(error).__name__

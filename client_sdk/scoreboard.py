@@ -1,0 +1,140 @@
+"""What this client has seen of each worker: speeds, round trips, load, failures. Pure.
+
+Measurements are exponentially weighted means. A worker's own words (its record) are the prior; what
+was measured replaces them with use and fades with age.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+SMOOTHING = 0.3
+PRIOR_WEIGHT = 2.0
+"""A worker's own words count as this many measurements."""
+FADE = 300.0
+"""Seconds after which a measurement counts 1/e."""
+LOAD_FADE = 15.0
+"""Seconds after which a load report counts 1/e."""
+BAN = 15.0
+MAX_BAN = 600.0
+
+
+@dataclass(slots=True)
+class Mean:
+    """An exponentially weighted mean with an age."""
+
+    value: float = 0.0
+    count: int = 0
+    at: float = 0.0
+
+    def add(self, sample: float, now: float) -> None:
+        """Take in one measurement."""
+        self.value = sample if not self.count else self.value + SMOOTHING * (sample - self.value)
+        self.count += 1
+        self.at = now
+
+    def blend(self, prior: float, now: float) -> float:
+        """The mean, drawn towards `prior` while measurements are few or old."""
+        if not self.count:
+            return prior
+        if prior <= 0:
+            return self.value
+        weight = self.count * math.exp(-(now - self.at) / FADE)
+        return (self.value * weight + prior * PRIOR_WEIGHT) / (weight + PRIOR_WEIGHT)
+
+
+@dataclass(slots=True)
+class Score:
+    """One worker, as this client knows it. Speeds in tokens/s, times in seconds."""
+
+    generation_speed: Mean = field(default_factory=Mean)
+    prompt_speed: Mean = field(default_factory=Mean)
+    first_token: Mean = field(default_factory=Mean)
+    rtt: Mean = field(default_factory=Mean)
+    in_flight: int = 0
+    """This client's own requests: counted from the moment of choice."""
+    foreign: float = 0.0
+    """Requests of others, when the worker last reported its load."""
+    slots: int = 0
+    reported_at: float = -math.inf
+    failures: int = 0
+    """Failures in a row."""
+    banned_until: float = -math.inf
+    probing: bool = False
+    """One request is testing a worker whose ban has ended."""
+
+    def foreign_load(self, now: float) -> float:
+        """Requests of others, fading with the age of the report."""
+        if self.reported_at == -math.inf:
+            return 0.0
+        return self.foreign * math.exp(-max(0.0, now - self.reported_at) / LOAD_FADE)
+
+
+class Scoreboard:
+    """The scores of all workers, by node id. Every method takes `now` in seconds, monotonic."""
+
+    def __init__(self, capacity: int = 4096) -> None:
+        self._capacity = capacity
+        self._scores: dict[bytes, Score] = {}
+
+    def __getitem__(self, worker: bytes) -> Score:
+        score = self._scores.get(worker)
+        if score is None:
+            if len(self._scores) >= self._capacity:
+                self._evict()
+            score = self._scores[worker] = Score()
+        return score
+
+    def reserve(self, worker: bytes, now: float) -> None:
+        """A request was given to the worker: it counts at once, so that bursts spread."""
+        score = self[worker]
+        score.in_flight += 1
+        if score.failures and now >= score.banned_until:
+            score.probing = True
+
+    def release(self, worker: bytes) -> None:
+        """The request has ended, however it did."""
+        score = self[worker]
+        score.in_flight -= 1
+        score.probing = False
+
+    def available(self, worker: bytes, now: float) -> bool:
+        """Whether the worker may be asked: not banned, and not being probed after a ban."""
+        score = self._scores.get(worker)
+        return score is None or (now >= score.banned_until and not score.probing)
+
+    def report(self, worker: bytes, busy: int, queue: int, slots: int, now: float) -> None:
+        """The worker told its load (PONG or END)."""
+        score = self[worker]
+        score.foreign = max(0, busy + queue - score.in_flight)
+        score.slots = slots
+        score.reported_at = now
+
+    def succeeded(self, worker: bytes, now: float, *, first_token: float, speed: float | None) -> None:
+        """An answer came through: `first_token` in seconds, `speed` in tokens/s where it could be told."""
+        score = self[worker]
+        score.failures = 0
+        score.banned_until = -math.inf
+        score.first_token.add(first_token, now)
+        if speed is not None:
+            score.generation_speed.add(speed, now)
+
+    def failed(self, worker: bytes, now: float) -> None:
+        """The worker failed: it is banned for 15 s, doubling with each failure in a row."""
+        score = self[worker]
+        score.failures += 1
+        score.banned_until = now + min(MAX_BAN, BAN * 2 ** (score.failures - 1))
+
+    def busy_until(self, worker: bytes, until: float) -> None:
+        """The worker is overloaded and named a time before which asking again is useless."""
+        score = self[worker]
+        score.banned_until = max(score.banned_until, until)
+
+    def _evict(self) -> None:
+        """Forget the idle worker that was heard of least recently."""
+        idle = [
+            (score.first_token.at, worker) for worker, score in self._scores.items() if not score.in_flight
+        ]
+        if idle:
+            del self._scores[min(idle)[1]]

@@ -1,0 +1,133 @@
+"""Which worker to ask: the least expected time to the end of the answer. Pure.
+
+The expected time is what the answer would take if it were given to the worker now::
+
+    round trip + queue wait + prompt tokens / prompt speed + answer tokens / generation speed
+
+scaled up by poor health. Among workers that are nearly as good as the best, the better of two random
+ones is taken (the power of two choices, Mitzenmacher 2001), so that many clients with the same view do
+not herd. A conversation stays with the worker that holds its prefix in its cache: rendezvous hashing
+names that worker, and bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018) let it overflow to the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from random import Random
+
+from client_sdk.scoreboard import Scoreboard
+from mesh.records import WorkerRecord
+
+NEAR = 1.25
+"""Workers within this factor of the best are as good as equal."""
+NEAR_SECONDS = 0.005
+EXPLORE = 0.02
+"""Share of requests given to any worker at random, so that old measurements are renewed."""
+LOAD_BOUND = 1.25
+"""A conversation leaves its worker when that one's load is over this factor of the mean."""
+DEFAULT_GENERATION_SPEED = 20.0
+DEFAULT_PROMPT_SPEED = 200.0
+DEFAULT_RTT = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What is known of a request before it is sent."""
+
+    prompt_tokens: int = 64
+    answer_tokens: int = 256
+    prefix: bytes | None = None
+    """Names the conversation whose prefix a worker may have cached."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker with the cost it was given: seconds until the answer would be complete."""
+
+    record: WorkerRecord
+    cost: float
+    load: float
+    """Requests per slot, this client's own included."""
+
+    @property
+    def id(self) -> bytes:
+        """The worker's node id."""
+        return self.record.node_id
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The worker to ask, why, and all that were weighed, best first."""
+
+    chosen: Candidate
+    reason: str
+    candidates: tuple[Candidate, ...]
+
+
+def expected(record: WorkerRecord, board: Scoreboard, need: Need, now: float) -> Candidate:
+    """The cost of giving the request to this worker now."""
+    score = board[record.node_id]
+    slots = max(1, score.slots or record.slots)
+    generation = score.generation_speed.blend(record.generation_speed, now) or DEFAULT_GENERATION_SPEED
+    prompt = score.prompt_speed.blend(record.prompt_speed, now) or DEFAULT_PROMPT_SPEED
+    service = need.prompt_tokens / prompt + need.answer_tokens / generation
+    requests = score.foreign_load(now) + score.in_flight
+    # A request that finds every slot busy waits for (waiting + 1) of them to become free, one each service/slots.
+    wait = max(0.0, requests - slots + 1) * service / slots
+    cost = score.rtt.blend(DEFAULT_RTT, now) + wait + service
+    # Busy neighbours slow a slot down even where it does not wait.
+    cost *= 1 + 0.25 * min(requests, slots) / slots
+    return Candidate(record, cost * (2 - record.health / 100), requests / slots)
+
+
+def choose(
+    records: Sequence[WorkerRecord],
+    board: Scoreboard,
+    need: Need,
+    *,
+    now: float,
+    rng: Random,
+    exclude: Collection[bytes] = (),
+) -> Choice | None:
+    """The worker to ask next, or None where every one is excluded, unwell or banned."""
+    candidates = sorted(
+        (
+            expected(record, board, need, now)
+            for record in records
+            if record.node_id not in exclude and record.health > 0 and board.available(record.node_id, now)
+        ),
+        key=lambda candidate: candidate.cost,
+    )
+    if not candidates:
+        return None
+    chosen, reason = _pick(candidates, need, rng)
+    return Choice(chosen, reason, tuple(candidates))
+
+
+def _pick(candidates: Sequence[Candidate], need: Need, rng: Random) -> tuple[Candidate, str]:
+    if len(candidates) == 1:
+        return candidates[0], "the only one"
+    if need.prefix is not None:
+        home = _home(candidates, need.prefix)
+        if home is not None:
+            return home, "holds the conversation's prefix"
+    if rng.random() < EXPLORE:
+        return rng.choice(candidates), "exploration"
+    best = candidates[0].cost
+    near = [candidate for candidate in candidates if candidate.cost <= best * NEAR + NEAR_SECONDS]
+    if len(near) == 1:
+        return near[0], "least expected time"
+    first, second = rng.sample(near, 2)
+    return min(first, second, key=lambda candidate: candidate.cost), "the better of two among the best"
+
+
+def _home(candidates: Sequence[Candidate], prefix: bytes) -> Candidate | None:
+    """The first worker in rendezvous order whose load is within the bound."""
+    mean = sum(candidate.load for candidate in candidates) / len(candidates)
+    ranked = sorted(candidates, key=lambda candidate: hashlib.blake2b(prefix + candidate.id).digest())
+    for candidate in ranked:
+        if candidate.load <= max(LOAD_BOUND * mean, 0.75):
+            return candidate
+    return None

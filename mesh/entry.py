@@ -1,0 +1,35 @@
+"""What a person writes to say where a mesh begins: `HOST:PORT` or `ID@HOST:PORT`. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mesh.address import Address, parse_address
+from mesh.errors import ConfigurationError
+from mesh.identity import NodeId, parse_node_id
+from mesh.limits import DEFAULT_PORT
+from mesh.network import Network
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """Where to start. With `peer` only that node is accepted; `network` is None where it is not told."""
+
+    addresses: tuple[Address, ...]
+    peer: NodeId | None = None
+    network: Network | None = None
+
+
+def parse_entry(text: str) -> Entry:
+    """Read one `--join` argument; the port may be left out. Raises ConfigurationError."""
+    node_id, at, address = text.strip().rpartition("@")
+    try:
+        peer = parse_node_id(node_id) if at else None
+        if ":" not in address.rpartition("]")[2]:
+            address = f"{address}:{DEFAULT_PORT}"
+        return Entry((parse_address(address),), peer)
+    except ValueError as error:
+        raise ConfigurationError(
+            f"{text!r} is no place to join: {error}",
+            "Write HOST:PORT of a node that runs, for example 192.168.1.20:9470.",
+        ) from None

@@ -1,0 +1,6 @@
+"""The version, from the installed package."""
+
+from importlib.metadata import version
+
+VERSION = version("qmesh")
+USER_AGENT = f"qmesh/{VERSION}"

@@ -1,0 +1,5 @@
+"""`python -m node` is `qmesh-node`."""
+
+from node.cli.app import main
+
+main()

@@ -1,0 +1,30 @@
+"""All commands of `qmesh-node`."""
+
+from __future__ import annotations
+
+import typer
+
+from node.cli import cluster, generate, inspect, run
+
+app = typer.Typer(
+    name="qmesh-node",
+    help="A peer-to-peer network of LLM workers on llama.cpp.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(run.run)
+app.command()(generate.generate)
+app.command()(generate.chat)
+app.command()(inspect.status)
+app.command()(inspect.peers)
+app.command()(inspect.models)
+app.command()(inspect.identity)
+app.command()(inspect.version)
+app.add_typer(cluster.app, name="cluster")
+
+
+def main() -> None:
+    """Entry point of `qmesh-node`."""
+    app()

@@ -1,0 +1,208 @@
+"""Local test clusters: real nodes on this machine, each a process with a folder of its own.
+
+::
+
+    <folder>/cluster.json      the nodes: process ids and when they started
+    <folder>/node-1/           a node's data folder; its events are in events.ndjson, its errors in stderr.log
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from mesh.errors import ConfigurationError, QMeshError
+from sidecar import launch
+
+STATE_FILE = "cluster.json"
+EVENTS_FILE = "events.ndjson"
+ERRORS_FILE = "stderr.log"
+START_TIMEOUT = 60.0
+STOP_TIMEOUT = 25.0
+MOST_NODES = 64
+POLL = 0.02
+_NODE = (sys.executable, "-P", "-m", "node", "run", "--json", "--no-mdns")
+_GUARD = (sys.executable, "-I", "-S", launch.__file__, "--")
+"""Starts a program that dies with this process, however this one ends."""
+
+
+class ClusterError(QMeshError):
+    """A node of the cluster did not start; the text holds its last words."""
+
+
+@dataclass(slots=True)
+class Member:
+    """One node of a cluster. `started` is its process's start time, which tells it from a later one."""
+
+    number: int
+    pid: int
+    started: float
+    folder: str
+    ready: dict[str, Any] = field(default_factory=dict)
+    """The node's `ready` event."""
+
+    @property
+    def address(self) -> str:
+        """Where its wire listens."""
+        return str(self.ready["address"])
+
+    @property
+    def worker_id(self) -> str:
+        """Its node id."""
+        return str(self.ready["worker_id"])
+
+    def process(self) -> psutil.Process | None:
+        """Its process, None once that is gone."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            if process.create_time() == self.started and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+    def errors(self) -> str:
+        """The end of what it wrote to stderr, and of its last error event."""
+        with contextlib.suppress(OSError):
+            lines = (
+                (Path(self.folder) / ERRORS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
+            )
+            return "\n".join(lines[-12:])
+        return ""
+
+
+class Cluster:
+    """Nodes under one folder.
+
+    An `attached` cluster dies with this process, however this one ends; another one stays until `down`,
+    which any process may call.
+    """
+
+    def __init__(self, folder: Path, *, attached: bool) -> None:
+        self.folder = folder
+        self.members = self._load()
+        self._attached = attached
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    async def up(
+        self, count: int, extra: Iterable[str] = (), on_ready: Callable[[Member], None] | None = None
+    ) -> list[Member]:
+        """Start `count` nodes (`extra`: more arguments for each) and wait until all can answer. The
+        others join the first. Raises ConfigurationError, and ClusterError after ending what had started.
+        """
+        if not 1 <= count <= MOST_NODES:
+            raise ConfigurationError(
+                f"a cluster of {count} nodes is not possible", f"Choose 1 to {MOST_NODES}."
+            )
+        if any(member.process() for member in self.members):
+            raise ConfigurationError(
+                f"a cluster is running in {self.folder}", "End it with `qmesh-node cluster down`."
+            )
+        self.members = []
+        try:
+            first = self._spawn(1, extra)
+            begun = await _event(first, "starting")
+            others = [
+                self._spawn(number, [*extra, "--join", str(begun["address"])])
+                for number in range(2, count + 1)
+            ]
+            for member in (first, *others):
+                member.ready = await _event(member, "ready")
+                if on_ready is not None:
+                    on_ready(member)
+            self._save()
+        except BaseException:
+            await self.down()
+            raise
+        return self.members
+
+    async def down(self) -> int:
+        """End every node, by SIGTERM and at last by SIGKILL; returns how many were running."""
+        alive = [process for member in self.members if (process := member.process())]
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        if not await self._gone(STOP_TIMEOUT):
+            for process in alive:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            await self._gone(STOP_TIMEOUT)
+        for child in self._children:
+            if child.stdin is not None:
+                child.stdin.close()
+        self._children.clear()
+        self.members = []
+        (self.folder / STATE_FILE).unlink(missing_ok=True)
+        return len(alive)
+
+    def _spawn(self, number: int, extra: Iterable[str]) -> Member:
+        folder = self.folder / f"node-{number}"
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [*_NODE, "--data-dir", str(folder), *_default(extra, "--listen", "127.0.0.1:0")]
+        with (folder / EVENTS_FILE).open("wb") as events, (folder / ERRORS_FILE).open("wb") as errors:
+            child = subprocess.Popen(  # noqa: S603 - our own program
+                [*_GUARD, *command] if self._attached else command,
+                stdin=subprocess.PIPE if self._attached else subprocess.DEVNULL,
+                stdout=events,
+                stderr=errors,
+                start_new_session=True,
+            )
+        self._children.append(child)
+        member = Member(number, child.pid, psutil.Process(child.pid).create_time(), str(folder))
+        self.members.append(member)
+        return member
+
+    async def _gone(self, timeout: float) -> bool:
+        until = time.monotonic() + timeout
+        while True:
+            for child in self._children:
+                child.poll()  # reaps it
+            if not any(member.process() for member in self.members):
+                return True
+            if time.monotonic() > until:
+                return False
+            await asyncio.sleep(POLL)
+
+    def _save(self) -> None:
+        fresh = self.folder / f"{STATE_FILE}.new"
+        fresh.write_text(json.dumps([asdict(member) for member in self.members]), encoding="utf-8")
+        fresh.replace(self.folder / STATE_FILE)
+
+    def _load(self) -> list[Member]:
+        path = self.folder / STATE_FILE
+        try:
+            return [Member(**one) for one in json.loads(path.read_text(encoding="utf-8"))]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigurationError(f"{path} cannot be read: {error}", "Delete it.") from error
+
+
+async def _event(member: Member, name: str) -> dict[str, Any]:
+    """Wait for one of a node's events. Raises ClusterError where it ends or takes too long."""
+    path = Path(member.folder) / EVENTS_FILE
+    until = time.monotonic() + START_TIMEOUT
+    while True:
+        alive = member.process() is not None
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                event: Mapping[str, Any] = json.loads(line)
+                if event.get("event") == name:
+                    return dict(event)
+        if not alive or time.monotonic() > until:
+            how = "took too long to start" if alive else "ended before it was ready"
+            raise ClusterError(f"node {member.number} {how}:\n{member.errors()}")
+        await asyncio.sleep(POLL)
+
+
+def _default(arguments: Iterable[str], flag: str, value: str) -> list[str]:
+    given = list(arguments)
+    return given if flag in given else [flag, value, *given]

@@ -1,0 +1,267 @@
+"""The composition root: builds a node from its configuration, runs it, and takes it down in order.
+
+Down means: withdraw the announcement → stop accepting, GOAWAY, drain within the grace, cancel what is
+left → stop the models (their upstream connections first) → stop the DHT. A second signal skips the
+drain. No process is left behind, whichever step fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from mesh.address import Address
+from mesh.dht import Dht
+from mesh.entry import parse_entry
+from mesh.errors import ConfigurationError
+from mesh.keystore import load_identity
+from mesh.network import Network
+from mesh.transport import Listener, serve
+from node.__about__ import USER_AGENT
+from node.announcer import Announcer
+from node.config import DEMO_MODEL, Loaded, ModelSettings
+from node.folder import DataFolder
+from node.monitor import INTERVAL, machine
+from node.served import ServedModel
+from node.service import Service
+from node.sockets import advertised, bind, local_address
+from node.state import NodeState
+from sidecar.errors import BinaryNotFound, SidecarError
+from sidecar.gguf import read_header
+from sidecar.runtime import Server, find_server
+
+log = logging.getLogger("qmesh.node")
+
+EXIT_MODEL = 4
+EXIT_SERVER = 7
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+Emit = Callable[[Mapping[str, Any]], None]
+
+
+class Node:
+    """One node. `emit` is told what happens, as the events of `qmesh-node run --json`."""
+
+    def __init__(self, loaded: Loaded, emit: Emit) -> None:
+        self.loaded = loaded
+        self.config = loaded.config
+        self._emit = emit
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._changed = asyncio.Event()
+        self._state: NodeState | None = None
+        self._dht: Dht | None = None
+        self._listener: Listener | None = None
+        self._announcer: Announcer | None = None
+
+    def stop(self) -> None:
+        """Ask the node to stop; asked again, it does not wait for running answers."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Run until `stop` or a signal.
+
+        Raises ConfigurationError for whatever the user has to mend.
+        """
+        folder = DataFolder.hold(self.config.data_dir, or_next=not self.loaded.explicit("data_dir"))
+        try:
+            self.config = self.config.model_copy(update={"data_dir": folder.path})
+            with _signals(self.stop):
+                async with asyncio.TaskGroup() as group:
+                    background: list[asyncio.Task[None]] = []
+                    try:
+                        await self._start(folder, group, background)
+                        await self._stop.wait()
+                        self._emit({"event": "stopping"})
+                    finally:
+                        for task in background:
+                            task.cancel()
+                        await self._shutdown()
+        except* ConfigurationError as errors:
+            raise errors.exceptions[0] from None
+        finally:
+            folder.close()
+            self._emit({"event": "stopped"})
+
+    async def _start(
+        self, folder: DataFolder, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]
+    ) -> None:
+        """Everything up to `ready`; returns early when asked to stop meanwhile."""
+        config = self.config
+        identity = load_identity(folder.path)
+        network, seeds = self._membership()
+        settings = config.models or (ModelSettings(path=DEMO_MODEL),)
+        server = await asyncio.to_thread(self._find_server, settings)
+        tcp, udp = bind(config.listen, or_next=not self.loaded.explicit("listen"))
+        address, worker_id = local_address(tcp), identity.id.hex()
+        self._state = state = NodeState(identity.id, network.name, advertised(tcp, config.advertise))
+        for one in settings:
+            if one.name in state.models:
+                raise ConfigurationError(f"two models are named {one.name!r}", "Give one another alias.")
+            state.models[one.name] = ServedModel(one, config, server, self._changed.set)
+        self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack")
+        await self._dht.start("", 0, sock=udp)
+        service = Service(identity.id, state.models, self._dht, status=state.status, load=state.load)
+        self._listener = await serve(
+            "",
+            0,
+            sock=tcp,
+            identity=identity,
+            network=network,
+            user_agent=USER_AGENT,
+            on_stream=service.handle,
+            load=state.load,
+        )
+        self._dht.join(seeds)
+        folder.publish(
+            {"pid": os.getpid(), "worker_id": worker_id, "address": address, "network": network.name}
+        )
+        self._emit(
+            {
+                "event": "starting",
+                "worker_id": worker_id,
+                "address": address,
+                "advertised": list(state.addresses),
+                "machine": machine(),
+                "server": f"{server.version}: {server.reason}",
+                "models": list(state.models),
+            }
+        )
+        await self._start_models()
+        if self._stop.is_set():
+            return
+        self._announcer = Announcer(self._dht, state.describers)
+        background.append(group.create_task(self._announcer.run(), name="announcer"))
+        background.append(group.create_task(self._watch(state), name="monitor"))
+        ready = [name for name, model in state.models.items() if model.ready]
+        self._emit(
+            {"event": "ready", "worker_id": worker_id, "address": address, "gateway": None, "models": ready}
+        )
+
+    def _membership(self) -> tuple[Network, list[Address]]:
+        """The network and the nodes to start from, as --network and --join name them."""
+        network, seeds = Network(self.config.network), list[Address]()
+        for text in self.config.join:
+            target = parse_entry(text)
+            network = target.network or network
+            seeds += target.addresses
+        return network, seeds
+
+    def _find_server(self, settings: tuple[ModelSettings, ...]) -> Server:
+        """The server to run, once it is known that the model files are some. Blocks."""
+        for one in settings:
+            try:
+                read_header(one.path)
+            except (SidecarError, OSError) as error:
+                raise ConfigurationError(
+                    f"the model {one.path} cannot be used: {error}",
+                    "Name a GGUF file, or leave the model out to serve the built-in demo model.",
+                    exit_code=EXIT_MODEL,
+                ) from error
+        try:
+            return find_server(self.config.llama_server)
+        except BinaryNotFound as error:
+            raise ConfigurationError(str(error), "", exit_code=EXIT_SERVER) from error
+
+    async def _start_models(self) -> None:
+        """Start every model; returns when all can answer or never will, or when asked to stop.
+
+        Raises ConfigurationError where none ever will.
+        """
+        assert self._state is not None
+        models = self._state.models
+        async with asyncio.TaskGroup() as group:
+            stop = group.create_task(self._stop.wait())
+            starting = {group.create_task(self._start_model(model)) for model in models.values()}
+            pending: set[asyncio.Task[Any]] = set(starting)
+            while pending and not stop.done():
+                _, pending = await asyncio.wait({*pending, stop}, return_when=asyncio.FIRST_COMPLETED)
+                pending.discard(stop)
+            for task in (stop, *pending):
+                task.cancel()
+        problems = [task.result() for task in starting if not task.cancelled()]
+        if len(problems) == len(models) and all(problems):
+            raise ConfigurationError(
+                str(problems[0]), "Check the model file and the server's arguments.", exit_code=EXIT_MODEL
+            )
+
+    async def _start_model(self, model: ServedModel) -> str | None:
+        try:
+            await model.start()
+        except (SidecarError, OSError) as error:
+            self._emit({"event": "model_failed", "model": model.name, "error": str(error)})
+            return f"{model.name} cannot be started: {error}"
+        return None
+
+    async def _watch(self, state: NodeState) -> None:
+        """Look at the machine now and then, and tell the announcer when something may have changed."""
+        assert self._announcer is not None
+        loop = asyncio.get_running_loop()
+        due = loop.time()
+        while True:
+            if loop.time() >= due:
+                state.sample()
+                due = loop.time() + INTERVAL
+            self._changed.clear()
+            self._announcer.changed()
+            try:
+                async with asyncio.timeout_at(due):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _shutdown(self) -> None:
+        """Every step of going down, each tried even where one before it failed."""
+        errors = []
+        for step in (self._withdraw, self._drain, self._stop_models, self._stop_dht):
+            try:
+                await step()
+            except Exception as error:  # noqa: BLE001 - raised below, after the other steps
+                errors.append(error)
+        if errors:
+            raise ExceptionGroup("the node did not stop cleanly", errors)
+
+    async def _withdraw(self) -> None:
+        if self._announcer is not None:
+            await self._announcer.withdraw()
+
+    async def _drain(self) -> None:
+        if self._listener is None:
+            return
+        async with asyncio.TaskGroup() as group:
+            hurry = group.create_task(self._hurry.wait())
+            drained = group.create_task(self._listener.close(self.config.drain_seconds))
+            await asyncio.wait({hurry, drained}, return_when=asyncio.FIRST_COMPLETED)
+            hurry.cancel()
+            if not drained.done():
+                await self._listener.close(0)
+
+    async def _stop_models(self) -> None:
+        if self._state is not None:
+            async with asyncio.TaskGroup() as group:
+                for model in self._state.models.values():
+                    group.create_task(model.stop())
+
+    async def _stop_dht(self) -> None:
+        if self._dht is not None:
+            await self._dht.stop()
+
+
+@contextmanager
+def _signals(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` for every signal that asks the process to end."""
+    loop = asyncio.get_running_loop()
+    for number in STOP_SIGNALS:
+        loop.add_signal_handler(number, stop)
+    try:
+        yield
+    finally:
+        for number in STOP_SIGNALS:
+            loop.remove_signal_handler(number)
