@@ -1,14 +1,13 @@
 """One connection after its handshake: streams, credit, priorities, liveness and leaving. Pure.
 
 Bytes and the time come in through `receive` and `tick`, which return events; what is to be sent is
-collected and comes out of `pull` as whole frames. Events are the peer's messages that the application
+collected in the `outbox` and pulled from there as whole frames. Events are the peer's messages that the application
 must hear of, in the order of their arrival, and `Ponged` and `Failed`. A `Reset` event means that the
 stream is over, whichever side caused it.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,7 +33,6 @@ from mesh.frames import (
     Ping,
     Pong,
     Reset,
-    Token,
     decode,
     encode,
 )
@@ -44,8 +42,6 @@ from mesh.limits import (
     INITIAL_CREDIT,
     MAX_CONNECTION_CREDIT,
     MAX_CREDIT,
-    MAX_PENDING_PONGS,
-    MAX_PLAINTEXT,
     MAX_SID,
     MAX_STREAMS,
     MAX_TEXT,
@@ -55,10 +51,8 @@ from mesh.limits import (
     RESETS_PER_SECOND,
 )
 from mesh.noise import CipherState
+from mesh.outbox import Outbox
 from mesh.streams import StreamState
-
-_LEAST_ROOM = 64
-"""A DATA message is not cut shorter than this to fill up a frame."""
 
 
 @dataclass(slots=True)
@@ -87,11 +81,11 @@ class ConnectionState:
     """
 
     __slots__ = (
-        "_control", "_deframer", "_extra_window", "_initiator", "_last_peer_sid", "_load",
+        "_deframer", "_extra_window", "_initiator", "_last_peer_sid", "_load",
         "_next_sid", "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs",
-        "_receive", "_rekey_after", "_reset_budget", "_reset_budget_at", "_ring", "_send",
+        "_receive", "_rekey_after", "_reset_budget", "_reset_budget_at", "_send",
         "_waiting_ping", "failed", "finished", "goaway_received", "goaway_sent", "heard",
-        "last_heard", "max_streams", "own_streams", "peer_streams", "streams",
+        "last_heard", "max_streams", "outbox", "own_streams", "peer_streams", "streams",
     )  # fmt: skip
 
     def __init__(
@@ -108,16 +102,12 @@ class ConnectionState:
         rekey_after: int = REKEY_AFTER_FRAMES,
     ) -> None:
         self._initiator = initiator
-        self._send = send
         self._receive = receive
-        self._load = load
         self._rekey_after = rekey_after
+        self.outbox = Outbox(send, load=load, on_ended=self._on_ended, rekey_after=rekey_after)
         self._peer_max_streams = peer_max_streams
         self._peer_window = peer_window
         self._deframer = Deframer()
-        self._control: deque[bytes] = deque()
-        self._ring: deque[StreamState] = deque()
-        self._pongs: deque[Token] = deque(maxlen=MAX_PENDING_PONGS)
         self._pings: dict[int, float] = {}
         self._waiting_ping = False
         self._next_sid = 1 if initiator else 2
@@ -156,7 +146,7 @@ class ConnectionState:
                 ErrorCode.FLOW_CONTROL, f"{self.own_streams} streams are open, which is the peer's limit"
             )
         sid = self._next_sid
-        self._control.append(encode(Open(sid, method, meta)))
+        self.outbox.control(Open(sid, method, meta))
         self._next_sid += 2
         self.own_streams += 1
         stream = self.streams[sid] = StreamState(sid, self._peer_window)
@@ -164,7 +154,7 @@ class ConnectionState:
             stream.enqueue(body)
         if end:
             stream.end = encode(End(sid, {}))
-        self._schedule(stream)
+        self.outbox.schedule(stream)
         return sid
 
     def send_head(self, sid: int, meta: Meta) -> None:
@@ -174,7 +164,7 @@ class ConnectionState:
             return
         if self._is_own(sid) or stream.head_sent or stream.queued or stream.end is not None:
             raise RuntimeError("a head is sent once, by the side that answers, before the body")
-        self._control.append(encode(Head(sid, meta)))
+        self.outbox.control(Head(sid, meta))
         stream.head_sent = True
 
     def send_data(self, sid: int, data: bytes) -> int:
@@ -186,7 +176,7 @@ class ConnectionState:
             raise RuntimeError("the body was already ended")
         stream.head_sent = True
         stream.enqueue(data)
-        self._schedule(stream)
+        self.outbox.schedule(stream)
         return stream.queued
 
     def end(self, sid: int, meta: Meta) -> None:
@@ -197,13 +187,13 @@ class ConnectionState:
         if stream.end is not None:
             raise RuntimeError("the body was already ended")
         stream.end = encode(End(sid, meta))
-        self._schedule(stream)
+        self.outbox.schedule(stream)
 
     def reset(self, sid: int, code: int, message: str = "", retry_after_ms: int | None = None) -> None:
         """Cancel or fail a stream. No effect on one that is over."""
         stream = self.streams.get(sid)
         if stream is not None:
-            self._control.append(encode(Reset(sid, code, message[:MAX_TEXT], retry_after_ms)))
+            self.outbox.control(Reset(sid, code, message[:MAX_TEXT], retry_after_ms))
             self._remove(stream)
 
     def stop_receiving(self, sid: int) -> None:
@@ -223,14 +213,14 @@ class ConnectionState:
         amount = stream.consumed(size, MAX_CONNECTION_CREDIT - self._extra_window)
         self._extra_window += stream.window - before
         if amount:
-            self._control.append(encode(Credit(sid, amount)))
+            self.outbox.control(Credit(sid, amount))
 
     def ping(self, now: float) -> int:
         """Ask for a PONG; its token."""
         token = self._next_token
         self._next_token += 1
         self._pings[token] = now
-        self._control.append(encode(Ping(token)))
+        self.outbox.control(Ping(token))
         return token
 
     def forget_ping(self, token: int) -> None:
@@ -241,7 +231,7 @@ class ConnectionState:
         """Take no new streams; those that are open go on. Sent once."""
         if not self.goaway_sent:
             self.goaway_sent = True
-            self._control.append(encode(GoAway(self._last_peer_sid, code, message[:MAX_TEXT])))
+            self.outbox.control(GoAway(self._last_peer_sid, code, message[:MAX_TEXT]))
 
     # --- what arrives --------------------------------------------------------------------------
 
@@ -293,69 +283,6 @@ class ConnectionState:
             silence_at = self.last_heard + DEAD_AFTER_IDLE
         return min(silence_at, now + CREDIT_DEADLINE / 6) if self.streams else silence_at
 
-    # --- what is to be sent --------------------------------------------------------------------
-
-    @property
-    def wants_to_send(self) -> bool:
-        """Whether `pull` would return something."""
-        return bool(self._control or self._ring or self._pongs)
-
-    def pull(self, limit: int) -> list[bytes]:
-        """Frames to write now, about `limit` bytes at most, as pieces in order.
-
-        What is ready together shares a frame. Control messages go first; bodies take turns, one DATA
-        message each.
-        """
-        pieces: list[bytes] = []
-        size = 0
-        while size < limit and (plaintext := self._next_plaintext()):
-            ciphertext = self._send.encrypt(plaintext)
-            if self._send.nonce % self._rekey_after == 0:
-                self._send.rekey()
-            pieces.append(len(ciphertext).to_bytes(2, "big"))
-            pieces.append(ciphertext)
-            size += 2 + len(ciphertext)
-        return pieces
-
-    def _next_plaintext(self) -> bytes:
-        parts: list[bytes | memoryview] = []
-        room = MAX_PLAINTEXT
-        while self._pongs:
-            self._control.append(encode(Pong(self._pongs.popleft(), self._load())))
-        control = self._control
-        while control and len(control[0]) <= room:
-            room -= len(control[0])
-            parts.append(control.popleft())
-        ring = self._ring
-        while ring and not control and room >= _LEAST_ROOM:
-            stream = ring.popleft()
-            taken = stream.take(room)
-            room -= sum(map(len, taken))
-            parts += taken
-            if not stream.queued and stream.end is not None and len(stream.end) <= room:
-                room -= len(stream.end)
-                parts.append(stream.end)
-                self._end_sent(stream)
-            elif stream.can_send:
-                ring.append(stream)
-                if stream.end is not None and not stream.queued:
-                    break  # END does not fit into this frame
-                continue
-            stream.scheduled = False
-        return b"".join(parts)
-
-    def _end_sent(self, stream: StreamState) -> None:
-        stream.local_ended = True
-        if stream.remote_ended:
-            self._remove(stream)
-        elif stream.stop_receiving:
-            self.reset(stream.sid, ErrorCode.CANCELLED, "the rest of the body is not wanted")
-
-    def _schedule(self, stream: StreamState) -> None:
-        if not stream.scheduled and stream.can_send:
-            stream.scheduled = True
-            self._ring.append(stream)
-
     # --- handlers, one per message type --------------------------------------------------------
 
     def _on_open(self, message: Open, now: float, events: list[Event]) -> None:
@@ -369,9 +296,7 @@ class ConnectionState:
         self._last_peer_sid = sid
         if self.peer_streams >= self.max_streams:
             self._spend_reset(now)
-            self._control.append(
-                encode(Reset(sid, ErrorCode.FLOW_CONTROL, f"more than {self.max_streams} streams"))
-            )
+            self.outbox.control(Reset(sid, ErrorCode.FLOW_CONTROL, f"more than {self.max_streams} streams"))
             return
         self.peer_streams += 1
         self.streams[sid] = StreamState(sid, INITIAL_CREDIT)
@@ -427,10 +352,10 @@ class ConnectionState:
         if stream.send_credit > MAX_CREDIT:
             raise MalformedMessage(f"more than {MAX_CREDIT} bytes of credit on one stream")
         stream.blocked_since = None
-        self._schedule(stream)
+        self.outbox.schedule(stream)
 
     def _on_ping(self, message: Ping, now: float, events: list[Event]) -> None:
-        self._pongs.append(message.token)
+        self.outbox.pong(message.token)
 
     def _on_pong(self, message: Pong, now: float, events: list[Event]) -> None:
         if isinstance(message.token, int):
@@ -448,6 +373,12 @@ class ConnectionState:
                 events.append(Reset(stream.sid, error.code, error.message))
 
     # --- helpers -------------------------------------------------------------------------------
+
+    def _on_ended(self, stream: StreamState) -> None:
+        if stream.remote_ended:
+            self._remove(stream)
+        elif stream.stop_receiving:
+            self.reset(stream.sid, ErrorCode.CANCELLED, "the rest of the body is not wanted")
 
     def _is_own(self, sid: int) -> bool:
         return (sid % 2 == 1) == self._initiator
@@ -470,10 +401,7 @@ class ConnectionState:
         self.finished.append(stream.sid)
         self._extra_window -= stream.window - INITIAL_CREDIT
         stream.drop_queue()
-        if stream.scheduled:
-            stream.scheduled = False
-            if stream in self._ring:
-                self._ring.remove(stream)
+        self.outbox.withdraw(stream)
         if self._is_own(stream.sid):
             self.own_streams -= 1
         else:
@@ -502,10 +430,7 @@ class ConnectionState:
             stream.validate()
             if stream.sid != sid or (stream.local_ended and stream.remote_ended):
                 raise AssertionError("a stream is filed under its sid and gone when both sides ended")
-            if stream.scheduled != (stream in self._ring) or stream.can_send != stream.scheduled:
-                raise AssertionError("exactly the streams that can send are in the round")
-        if any(stream.sid not in self.streams for stream in self._ring):
-            raise AssertionError("no closed stream is in the round")
+        self.outbox.validate(self.streams)
         own = sum(map(self._is_own, self.streams))
         if (own, len(self.streams) - own) != (self.own_streams, self.peer_streams):
             raise AssertionError("the counters count the streams")

@@ -180,7 +180,7 @@ class Connection(asyncio.BufferedProtocol):
     def consumed(self, sid: int, size: int) -> None:
         """The application read body bytes of a stream."""
         self.state.consumed(sid, size)
-        if self.state.wants_to_send:
+        if self.state.outbox.waiting:
             self.schedule_flush()
 
     # --- called by the event loop
@@ -253,7 +253,7 @@ class Connection(asyncio.BufferedProtocol):
                     if kind is Reset and stream in self._tasks:
                         self._tasks[stream].cancel()
         self._forget_finished()
-        if self.state.wants_to_send or not self._streams:
+        if self.state.outbox.waiting or not self._streams:
             self.schedule_flush()
 
     def _accept(self, event: Open) -> None:
@@ -329,16 +329,13 @@ class Connection(asyncio.BufferedProtocol):
                 stream.wake_writer()
         self._forget_finished()
         leaving = self.state.goaway_sent or self.state.goaway_received is not None
-        if leaving and not (self.state.streams or self._tasks or self.state.wants_to_send):
+        if leaving and not (self.state.streams or self._tasks or self.state.outbox.waiting):
             self._end("drained", ConnectionClosed("the connection was drained and closed"))
 
     def _write(self) -> None:
         transport = self._transport
-        while transport is not None and self._paused_since is None:
-            pieces = self.state.pull(WRITE_HIGH_WATER)
-            if not pieces:
-                break
-            transport.writelines(pieces)
+        while transport is not None and self._paused_since is None and self.state.outbox.waiting:
+            transport.writelines(self.state.outbox.pull(WRITE_HIGH_WATER))
 
     def _tick(self) -> None:
         now = monotonic()

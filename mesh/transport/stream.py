@@ -202,16 +202,19 @@ class Stream:
     async def _arrival(self, timeout: float | None, what: str) -> None:
         if self._reader is not None:
             raise RuntimeError("a stream has one reader at a time")
-        self._reader = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._reader = waiter = loop.create_future()
+        timer = None if timeout is None else loop.call_later(timeout, _expire, waiter)
         try:
-            async with asyncio.timeout(timeout):
-                await self._reader
+            await waiter
         except TimeoutError as error:
             raise DeadlineExceeded(
                 f"{what} did not come from {short_id(self.peer_id)} within {timeout} s"
             ) from error
         finally:
             self._reader = None
+            if timer is not None:
+                timer.cancel()
 
     async def _drained(self) -> None:
         if self._writer is not None:
@@ -224,6 +227,11 @@ class Stream:
             self._writer = None
             self.connection.blocked_writers.discard(self)
         self._check_sending()
+
+
+def _expire(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_exception(TimeoutError())
 
 
 def _wake(future: asyncio.Future[None] | None) -> None:
