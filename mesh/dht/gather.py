@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
 from mesh.dht.rpc import Reply
@@ -47,10 +47,14 @@ class Gathering(Generic[T]):
         """Take the records of a find_value reply in; whether there are as many as wanted now."""
         match reply:
             case [_, _, _, int(count), list(blobs), *_] if count >= 0:
-                self._counts.append(count)
-                for blob in blobs:
-                    self.add(blob)
+                self.hold(blobs, count)
         return self.enough
+
+    def hold(self, blobs: Iterable[object], count: int) -> None:
+        """Take in what one holder has: some of its `count` records."""
+        self._counts.append(count)
+        for blob in blobs:
+            self.add(blob)
 
     def add(self, blob: object) -> None:
         """Take one record in; what is not valid is left out."""

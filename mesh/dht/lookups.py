@@ -146,8 +146,10 @@ class Lookups:
 
     async def _gather(self, key: bytes, gathering: Gathering[T], until: float) -> None:
         """Own records, held ones, then the walk and further pages, as far as wanted and time allows."""
-        for blob in (*self._own(key), *self._protocol.storage.sample(key, b"", 0, self._wall())):
+        for blob in self._own(key):
             gathering.add(blob)
+        held = list(self._protocol.storage.sample(key, b"", 0, self._wall()))
+        gathering.hold(held, len(held))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, until - self._clock())):
                 await self._joined()

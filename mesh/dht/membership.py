@@ -47,7 +47,7 @@ class Membership:
         self._rng = environment.rng
         self._seeds: dict[tuple[str, int], _Seed] = {}
         self._remembered = load_contacts(state_path) if state_path is not None else []
-        self._lost: list[Address] = []
+        """Who is to be tried when nobody answers: contacts of last time and of now."""
         self._wake = asyncio.Event()
         self._attempted = asyncio.Event()
         self._backoff = limits.FIRST_BACKOFF
@@ -63,10 +63,8 @@ class Membership:
         if (host, port) in self._seeds or len(self._seeds) >= limits.MAX_SEEDS:
             return
         self._seeds[host, port] = _Seed(host, port, found)
-        if not self._isolated():
-            self._wake.set()
-            return
-        self._attempted.clear()
+        if self._table.isolated:
+            self._attempted.clear()
         self._wake.set()
 
     def unreached(self) -> dict[tuple[str, int], str]:
@@ -81,8 +79,7 @@ class Membership:
     def save(self) -> None:
         """Write the contacts down for the next start."""
         if self._state_path is not None:
-            good = [c for c in self._table if not c.failures]
-            good.sort(key=lambda contact: -contact.last_seen)
+            good = sorted((c for c in self._table if not c.failures), key=lambda c: -c.last_seen)
             save_contacts(self._state_path, [c.address for c in good[: limits.MAX_REMEMBERED_CONTACTS]])
 
     async def run(self) -> None:
@@ -105,12 +102,9 @@ class Membership:
 
     def _next_event(self) -> float:
         times = [self._next_check, self._next_explore, *(seed.next_try for seed in self._seeds.values())]
-        if self._isolated() and (self._remembered or self._lost):
+        if self._table.isolated and self._remembered:
             times.append(self._next_rescue)
         return min(times)
-
-    def _isolated(self) -> bool:
-        return all(contact.failures for contact in self._table)
 
     # Joining
 
@@ -119,10 +113,9 @@ class Membership:
         due = [seed for seed in self._seeds.values() if seed.next_try <= now]
         if not due:
             return
-        contacts = await asyncio.gather(*(self._try(seed) for seed in due))
-        if any(contacts):
-            self._explore_pause = limits.FIRST_EXPLORE
-            await self._explore()
+        newly_met = await asyncio.gather(*(self._try(seed) for seed in due))
+        if any(newly_met):
+            await self._enter()
 
     async def _try(self, seed: _Seed) -> bool:
         """Ping a seed; whether somebody answered who did not answer there before."""
@@ -163,31 +156,37 @@ class Membership:
     async def _rescue(self) -> None:
         """Nobody answers: try everybody who ever did, some at a time."""
         now = self._clock()
-        if not self._isolated():
+        if not self._table.isolated:
             self._backoff = limits.FIRST_BACKOFF
-            self._lost = [contact.address for contact in self._table]
+            now_known = [contact.address for contact in self._table if not contact.failures]
+            both = dict.fromkeys([*now_known, *self._remembered])
+            self._remembered = list(both)[: limits.MAX_REMEMBERED_CONTACTS]
             return
         if now < self._next_rescue:
             return
-        self._protocol.forget_silence()
-        known = [(a, "remembered") for a in self._remembered] + [(a, "dht") for a in self._lost]
-        some = self._rng.sample(known, min(len(known), limits.MAX_VERIFYING // 2))
-        contacts = await asyncio.gather(*(self._protocol.meet(a, found) for a, found in some))
+        some = self._rng.sample(self._remembered, min(len(self._remembered), limits.RESCUES_AT_ONCE))
+        contacts = await asyncio.gather(*(self._protocol.meet(a, "remembered") for a in some))
         if any(contact is not None for contact in contacts):
-            await self._explore()
+            await self._enter()
         self._next_rescue = self._clock() + self._backoff * self._rng.uniform(0.75, 1.25)
         self._backoff = min(limits.MAX_BACKOFF, self._backoff * 2)
 
-    async def _explore(self) -> None:
-        """Meet the neighbours of our own id, then somebody in each other bucket; again ever more rarely.
-
-        Nodes that start together find little the first time.
-        """
-        await self._crawl(self._protocol.source_node.id)
+    async def _enter(self) -> None:
+        """Meet the neighbours of our own id, then somebody in every bucket."""
+        self._explore_pause = limits.FIRST_EXPLORE
+        await self._explore()
         self._attempted.set()
         for bucket in list(self._table.buckets):
             if not bucket.has_in_range(self._protocol.source_node):
                 await self._crawl(self._random_id(bucket.range))
+
+    async def _explore(self) -> None:
+        """Meet new neighbours and somebody of one bucket; ever more rarely.
+
+        Nodes that start together find little the first time.
+        """
+        await self._crawl(self._protocol.source_node.id)
+        await self._crawl(self._random_id(self._rng.choice(self._table.buckets).range))
         self._next_explore = self._clock() + self._explore_pause * self._rng.uniform(0.75, 1.25)
         self._explore_pause = min(limits.MAX_EXPLORE_PAUSE, 2 * self._explore_pause)
 

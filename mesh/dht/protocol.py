@@ -130,11 +130,12 @@ class MeshProtocol(RpcProtocol):
 
     def heard(self, node_id: bytes, address: Address) -> None:
         """Verify whom we meet, if there is room in the table."""
+        self.forget_silence(address)
         contact_id = dht_id(node_id)
         contact = self.router.get(contact_id)
         if contact is not None and contact.address == address:
             contact.seen(self.environment.clock())
-        elif not self.is_silent(address) and self.router.wants(contact_id, address):
+        elif self.router.wants(contact_id, address):
             self._verify(address, contact_id)
 
     def _verify(self, address: Address, contact_id: bytes) -> None:
@@ -171,6 +172,9 @@ class MeshProtocol(RpcProtocol):
         contact = self._proven(ping, reply)
         if contact is None:
             return None
+        if self.router.isolated:
+            # We were without a network, and blamed the others for it.
+            self.forget_silence()
         self.router.add(contact)
         if reply[1] != ping.token and not self.client:
             # The peer could not trust our first ping; this one shows its token, so that it can meet us.

@@ -272,9 +272,12 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         until = self._silent.get(address)
         return until is not None and until > self.environment.clock()
 
-    def forget_silence(self) -> None:
-        """Try everybody again, as after a time without a network."""
-        self._silent.clear()
+    def forget_silence(self, address: Address | None = None) -> None:
+        """Try an address again, or everybody, as after a time without a network."""
+        if address is None:
+            self._silent.clear()
+        else:
+            self._silent.discard(address)
 
     def token(self, address: Address) -> bytes:
         """The address's token, if it gave us one lately; else empty."""
@@ -317,7 +320,6 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
             pending.done(None)
             return
         now = self.environment.clock()
-        self._silent.discard(address)
         self._tokens.set(address, (token, now))
         contact = self.router.at(address)
         if contact is not None and contact.id == contact_id:

@@ -62,6 +62,11 @@ class Table(RoutingTable):  # type: ignore[misc]  # the package has no types
     def __len__(self) -> int:
         return len(self._by_id)
 
+    @property
+    def isolated(self) -> bool:
+        """Whether nobody is known to answer."""
+        return all(contact.failures for contact in self)
+
     def get(self, contact_id: bytes) -> Contact | None:
         """The contact with a DHT id."""
         return self._by_id.get(contact_id)

@@ -1,0 +1,55 @@
+"""The scenarios at large sizes: ``python -m tests.sim [NAME …] [--nodes N] [--seed S]``.
+
+Prints one JSON object a line. Takes minutes to hours; the small sizes are in the test suite.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from tests.sim import scenarios
+from tests.sim.world import World
+
+Scenario = Callable[[World, int], Awaitable[dict[str, Any]]]
+
+SCENARIOS: dict[str, tuple[Scenario, int]] = {
+    "routing": (lambda w, n: scenarios.routing(w, n, lookups=1000), 10_000),
+    "churn": (lambda w, n: scenarios.churn(w, n, minutes=5), 10_000),
+    "liars": (lambda w, n: scenarios.liars(w, n, lookups=500), 10_000),
+    "popular": (lambda w, n: scenarios.popular(w, n, workers=10 * n, samples=2000), 2_000),
+    "halves": (scenarios.halves, 500),
+    "bootstrap": (scenarios.bootstrap_lost, 500),
+    "partition": (scenarios.partition, 200),
+}
+
+
+def main() -> None:
+    """Run the named scenarios, or all."""
+    parser = argparse.ArgumentParser(prog="python -m tests.sim", description=__doc__)
+    parser.add_argument("names", nargs="*", choices=[[], *SCENARIOS], help="all where none is named")
+    parser.add_argument("--nodes", type=int, help="instead of the scenario's own size")
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    for name in options.names or SCENARIOS:
+        scenario, nodes = SCENARIOS[name]
+        began = time.perf_counter()
+        world = World(options.seed)
+        result = world.run(scenario(world, options.nodes or nodes))
+        result = {
+            "scenario": name,
+            "seed": options.seed,
+            **result,
+            "datagrams": world.datagrams,
+            "took_s": round(time.perf_counter() - began, 1),
+            "peak_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        }
+        print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The scenarios at sizes that fit into the test suite; `python -m tests.sim` runs the large ones."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from mesh.network import Network
+from tests.sim import scenarios
+from tests.sim.population import Population
+from tests.sim.world import World
+
+
+def test_a_walk_finds_the_nearest_nodes_in_few_hops() -> None:
+    world = World(1)
+    result = world.run(scenarios.routing(world, 100, lookups=40))
+    assert result["nearest_20_found"] >= 0.99
+    assert result["requests"] <= 24
+    assert result["p50_round_trips"] <= 8.5
+
+
+def test_lookups_succeed_under_churn_and_loss() -> None:
+    world = World(2, loss=0.05)
+    result = world.run(scenarios.churn(world, 40, minutes=3, life=300))
+    assert result["lookups"] >= 100
+    assert result["success"] >= 0.99
+    assert result["p99_s"] <= 4
+
+
+def test_lookups_succeed_among_liars() -> None:
+    world = World(3)
+    result = world.run(scenarios.liars(world, 60, share=0.3, lookups=60))
+    assert result["success"] >= 0.98
+    assert result["p99_s"] <= 4
+
+
+def test_two_halves_merge_when_they_hear_of_each_other() -> None:
+    world = World(4)
+    assert world.run(scenarios.halves(world, 24))["merged_after_s"] <= 90
+
+
+def test_the_mesh_heals_when_its_bootstrap_nodes_come_back() -> None:
+    world = World(5)
+    assert world.run(scenarios.bootstrap_lost(world, 24))["healed_after_s"] <= 60
+
+
+def test_the_mesh_heals_after_a_partition() -> None:
+    world = World(6)
+    assert world.run(scenarios.partition(world, 16))["healed_after_s"] <= 60
+
+
+def test_a_popular_model_overloads_no_key_and_is_sampled_evenly() -> None:
+    world = World(7)
+    result = world.run(scenarios.popular(world, 30, workers=200, samples=300, settle=420))
+    assert result["success"] == 1
+    assert result["fullest_key"] <= 64
+    assert result["stores_per_s_and_key_max"] <= 1
+    assert result["workers_met"] >= 120
+    assert result["uniform_p"] >= 0.001
+
+
+def test_the_same_seed_gives_the_same_run() -> None:
+    def once() -> tuple[dict[str, object], int]:
+        world = World(8)
+        return world.run(scenarios.bootstrap_lost(world, 12)), world.datagrams
+
+    assert once() == once()
+
+
+def test_a_failure_names_the_seed() -> None:
+    async def fail() -> None:
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken") as caught:
+        World(42).run(fail())
+    assert "seed: 42" in caught.value.__notes__[0]
+
+
+def test_a_node_that_slept_comes_back_by_itself() -> None:
+    world = World(9)
+
+    async def scenario() -> None:
+        population = Population(world)
+        await population.grow(12)
+        await asyncio.sleep(30)
+        sleeper, other = population.members[3], population.members[7]
+        await sleeper.announce("m")
+        world.reaches = lambda a, b: sleeper.address[0] not in (a, b)
+        await asyncio.sleep(600)
+        assert await other.dht.lookup("m") == []
+        assert all(contact.address != sleeper.address for contact in other.table)
+        world.reaches = None
+        await asyncio.sleep(25)
+        assert await sleeper.announce("m") >= 10
+        assert len(await other.dht.lookup("m")) == 1
+        await population.stop()
+
+    world.run(scenario())
+
+
+def test_an_outsider_with_every_address_learns_nothing_of_a_private_mesh() -> None:
+    world = World(10)
+    private = Network("home", b"s" * 32)
+
+    async def scenario() -> None:
+        inside = Population(world, private)
+        await inside.grow(8)
+        await asyncio.sleep(20)
+        await inside.members[2].announce("secret-model")
+        assert len(await inside.members[5].dht.lookup("secret-model")) == 1
+        addresses = [member.address for member in inside.members]
+        for network in (Network(), Network("home"), Network("home", b"x" * 32)):
+            outside = Population(world, network)
+            [outsider] = await outside.grow(1)
+            outsider.dht.join(addresses)
+            await asyncio.sleep(30)
+            assert outsider.dht.peers == []
+            assert await outsider.dht.lookup("secret-model") == []
+            assert await outsider.dht.models() == {}
+            assert outsider.protocol.transport.received == 0
+            await outside.stop()
+        await inside.stop()
+
+    world.run(scenario())
+
+
+def test_the_catalogue_lists_what_is_served_and_forgets_what_is_not() -> None:
+    world = World(11)
+
+    async def scenario() -> None:
+        population = Population(world)
+        await population.grow(10)
+        await asyncio.sleep(20)
+        first, second, third = population.members[:3]
+        await first.announce("a")
+        await first.announce("b")
+        await second.announce("a")
+        assert await third.dht.models() == {"a": 2, "b": 1}
+        await first.dht.withdraw(first.record("b"))
+        assert await third.dht.models() == {"a": 2}
+        assert await third.dht.lookup("b") == []
+        await asyncio.sleep(200)
+        assert await third.dht.models() == {}
+        assert await third.dht.lookup("a") == []
+        await population.stop()
+
+    world.run(scenario())
