@@ -44,7 +44,7 @@ class Child:
 
         Call it from a thread that lives as long as the server should (see `sidecar.launch`).
         """
-        port, key, nonce = _free_port(), secrets.token_hex(16), secrets.token_hex(16)
+        port, key, nonce = free_port(), secrets.token_hex(16), secrets.token_hex(16)
         arguments = server_arguments(config, plan, port=port, threads=settings.threads)
         environment = {**os.environ, "LLAMA_API_KEY": key, orphans.NONCE_VARIABLE: nonce}
         if server.kind == "embedded":
@@ -73,6 +73,11 @@ class Child:
         """Send a signal to the server and all that it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, number)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is gone."""
+        return self.process.returncode is not None
 
     async def reap(self) -> int:
         """Wait for the end of the process, end its children, free everything; returns its exit code."""
@@ -129,7 +134,8 @@ def _memory_kills() -> int | None:
     return next(map(int, counts), None)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago; a server that finds it taken is started on another one."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

@@ -82,13 +82,14 @@ def step(machine: Machine, event: Event, now: float, policy: Policy) -> Step:  #
         case RestartRequested():
             return _restart_requested(machine, now, policy)
         case Spawned() if machine.state is State.STARTING:
-            return replace(machine, state=State.LOADING, since=now, mark=(), marked_at=now), ()
+            return replace(machine, state=State.LOADING, since=now, mark=(), marked_at=now, waits_for=""), ()
         case SpawnFailed() if machine.state is State.STARTING:
             if event.fatal:
                 return _fail(machine, now, Failure(Fault.FATAL, event.message)), ()
             return _crashed(machine, now, policy, Failure(Fault.CRASH, event.message), event.jitter), ()
-        case Progressed() if machine.state is State.LOADING and event.mark != machine.mark:
-            return replace(machine, mark=event.mark, marked_at=now), ()
+        case Progressed() if machine.state is State.LOADING:
+            marked_at = machine.marked_at if event.mark == machine.mark else now
+            return replace(machine, mark=event.mark, marked_at=marked_at, waits_for=event.waits_for), ()
         case BecameReady() if machine.state is State.LOADING:
             return _ready(machine, now), ()
         case Answered() if machine.state in SERVING:
@@ -223,7 +224,8 @@ def _crashed(machine: Machine, now: float, policy: Policy, failure: Failure, jit
         )
         failed = _fail(machine, now, Failure(failure.fault, message))
         # The budget is a rate: when its window has moved on, one more try is due.
-        return replace(failed, crashes=recent, retry_at=recent[0] + policy.restart_window)
+        oldest = recent[0] if recent else now
+        return replace(failed, crashes=recent, retry_at=oldest + policy.restart_window)
     pause = policy.backoff_first * policy.backoff_factor ** len(recent) * (0.5 + jitter)
     return replace(
         machine,
@@ -255,7 +257,7 @@ def _tick(machine: Machine, now: float, policy: Policy) -> Step:
         case State.STOPPING:
             return replace(machine, signals=3, signal_at=now + policy.kill_after), (Kill(),)
         case State.LOADING:
-            message = f"no sign of progress for {policy.load_stall:.0f} s while loading"
+            message = f"no sign of progress for {policy.load_stall:.0f} s while loading ({machine.waits_for})"
             return _hung(machine, now, policy, message)
         case _:
             return replace(machine, crashes=()), ()

@@ -16,6 +16,8 @@ from pathlib import Path
 import psutil
 
 NONCE_VARIABLE = "QMESH_SIDECAR_NONCE"
+_CLOCK_SLACK = 2.0
+"""Seconds by which a start time may seem to move: it is derived from the wall clock, which is adjusted."""
 
 
 def write_record(path: Path, pid: int, nonce: str) -> None:
@@ -64,7 +66,8 @@ def reap(path: Path, timeout: float = 5.0) -> int | None:
 def _alive(pid: int, started: float) -> psutil.Process | None:
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - started) < 0.05 and process.status() != psutil.STATUS_ZOMBIE
+        same = abs(process.create_time() - started) < _CLOCK_SLACK
+        same = same and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return None
     return process if same else None

@@ -15,7 +15,7 @@ from pathlib import Path
 FILE_BYTES = 10 * 1024 * 1024
 FILES = 5
 TAIL_BYTES = 32 * 1024
-_CHUNK = 256 * 1024
+_CHUNK = 64 * 1024
 
 
 class RotatingFile:
@@ -74,6 +74,7 @@ class OutputPump:
         """Free everything when the child could not be spawned."""
         for fd in (self._read_fd, self.write_fd, self._wake_read, self._wake_write):
             os.close(fd)
+        self._log.close()
 
     def finish(self, timeout: float) -> None:
         """Wait up to `timeout` seconds for the pipe's end, then stop reading in any case."""
@@ -98,6 +99,7 @@ class OutputPump:
                 self._take(data)
         os.close(self._read_fd)
         os.close(self._wake_read)
+        self._log.close()
 
     def _take(self, data: bytes) -> None:
         with self._lock:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sidecar.child import Child
-from sidecar.errors import SidecarError
+from sidecar.errors import AccessDenied, SidecarError
 from sidecar.states import Answered, Silent
 
 _WORK = ("tokens_predicted_total", "prompt_tokens_total", "n_decode_total")
@@ -23,10 +23,10 @@ class Probing:
     """Between two samples of progress while loading."""
     tell: float = 5.0
     """Between two lines for people while loading."""
-    idle: float = 5.0
+    idle: float = 4.0
     busy: float = 2.0
     degraded: float = 1.0
-    timeout: float = 3.0
+    timeout: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +40,8 @@ class Info:
     chat_template: str
 
 
-async def introduce(child: Child, name: str, timeout: float) -> Info | None:
-    """What the server says of itself once it is ready and ours; None until then.
+async def introduce(child: Child, name: str, timeout: float) -> Info | str:
+    """What the server says of itself once it is ready and ours; until then what is missing, in words.
 
     Ours is proved by the random key: it is accepted, and another one is not. A foreign server that
     took our port, or one without any key, fails this.
@@ -49,12 +49,15 @@ async def introduce(child: Child, name: str, timeout: float) -> Info | None:
     client = child.client
     try:
         if not await client.health(timeout=timeout):
-            return None
+            return "/health does not say 200"
         props = await client.props(timeout=timeout)
         async with await client.request("GET", "/props", timeout=timeout, api_key="not the key") as other:
-            return _info(props, name) if other.status == 401 else None
-    except SidecarError:
-        return None
+            ours = other.status == 401
+    except AccessDenied:
+        ours = False
+    except SidecarError as error:
+        return error.message
+    return _info(props, name) if ours else "another server answers on our port"
 
 
 async def examine(
@@ -66,7 +69,7 @@ async def examine(
     a long prompt keeps /metrics waiting and /health does not queue behind it.
     """
     client = child.client
-    in_flight = bool(client.open_responses)
+    in_flight = client.in_flight > 0
     try:
         last = metrics = await client.metrics(timeout=probing.timeout)
         busy = metrics.get("requests_processing", 0) + metrics.get("requests_deferred", 0) > 0
@@ -77,7 +80,7 @@ async def examine(
         except SidecarError as error:
             return Silent(error.message), last
         busy = in_flight
-    work = (*(int(last.get(name, 0)) for name in _WORK), client.received)
+    work = tuple(int(last.get(name, 0)) for name in _WORK)
     return Answered(busy, work, computing=child.computed() > 0.2 * probing.busy), last
 
 

@@ -158,7 +158,7 @@ class Supervisor:
         """
         if self.state in (State.STOPPED, State.STOPPING):
             self._send(states.StartRequested())
-        await self._until(lambda: self.state in _SETTLED, timeout)
+        await self._until(self._is_settled, timeout)
         if self.state in states.SERVING and self._child:
             return self._child.client
         if self.state is State.FAILED and self.last_error:
@@ -204,6 +204,9 @@ class Supervisor:
             gpu_layers=self.config.gpu_layers,
             threads=self.config.threads,
         )
+
+    def _is_settled(self) -> bool:
+        return self.state in _SETTLED and not (self._child and self._child.ended)
 
     def _send(self, event: states.Event) -> None:
         if self._owner is None:
@@ -313,11 +316,11 @@ class Supervisor:
         """Report progress until the server is ready, then its answers, until cancelled."""
         probing, started = self._probing, time.monotonic()
         pause, sampled, told = probing.loading_first, started, started
-        while (info := await introduce(child, self.config.name, probing.timeout)) is None:
+        while isinstance(info := await introduce(child, self.config.name, probing.timeout), str):
             now = time.monotonic()
             if now - sampled >= probing.progress:
                 sampled = now
-                self._events.put_nowait(states.Progressed(child.progress()))
+                self._events.put_nowait(states.Progressed(child.progress(), info))
             if now - told >= probing.tell:
                 told = now
                 last = (child.pump.tail(1) or ["no output yet"])[0]
@@ -334,4 +337,4 @@ class Supervisor:
     def _pause(self, child: Child) -> float:
         if self.state is State.DEGRADED:
             return self._probing.degraded
-        return self._probing.busy if child.client.open_responses else self._probing.idle
+        return self._probing.busy if child.client.in_flight else self._probing.idle

@@ -112,6 +112,7 @@ class Machine:
     signal_at: float = 0.0  # stopping: when the next is due
     mark: tuple[int, ...] = ()  # loading: the last sign of progress
     marked_at: float = 0.0
+    waits_for: str = ""  # loading: what is missing
     answered_at: float = 0.0  # ready, degraded
     work: tuple[int, ...] = ()  # ready, degraded: counters that move while tokens flow
     moved_at: float = 0.0
@@ -151,9 +152,13 @@ class SpawnFailed:
 
 @dataclass(frozen=True, slots=True)
 class Progressed:
-    """A sample of log bytes, CPU seconds, bytes read and memory while the model loads."""
+    """A sample of log bytes, CPU seconds, bytes read and memory while the model loads.
+
+    `waits_for` says in words what is missing to be ready.
+    """
 
     mark: tuple[int, ...]
+    waits_for: str = ""
 
 
 @dataclass(frozen=True, slots=True)

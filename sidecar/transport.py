@@ -80,7 +80,6 @@ class Response:
             raise self._fault
         if not data:
             raise StopAsyncIteration
-        self._client.received += len(data)
         return data
 
     async def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
@@ -106,17 +105,13 @@ class Response:
 
 
 class HttpClient:
-    """Talks to one server. Cheap to make; `aclose` closes everything that is open.
-
-    `received` counts body bytes and `open_responses` holds what is in flight: the supervisor watches
-    both.
-    """
+    """Talks to one server. Cheap to make; `aclose` closes everything that is open."""
 
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.api_key = api_key
-        self.received = 0
         self.open_responses: set[Response] = set()
+        self._waiting = 0
         self._session: aiohttp.ClientSession | None = None
         self._closed: SidecarError | None = None
 
@@ -127,6 +122,11 @@ class HttpClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    @property
+    def in_flight(self) -> int:
+        """Requests whose answer has not ended yet."""
+        return self._waiting + len(self.open_responses)
 
     async def aclose(self, reason: SidecarError | None = None) -> None:
         """Close every connection and refuse new requests; idempotent.
@@ -164,11 +164,14 @@ class HttpClient:
         key = self.api_key if api_key is None else api_key
         if key:
             sent["Authorization"] = f"Bearer {key}"
+        self._waiting += 1
         try:
             async with asyncio.timeout(timeout):
                 raw = await self._send(method, path, data, sent)
         except TimeoutError:
             raise SidecarTimeout(f"no answer to {method} {path} within {timeout} s") from None
+        finally:
+            self._waiting -= 1
         response = Response(self, raw, idle_timeout)
         if self._closed:
             raw.close()

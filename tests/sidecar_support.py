@@ -104,5 +104,5 @@ def alive(pid: int) -> bool:
 async def until(test: Callable[[], bool], timeout: float = 5.0) -> None:
     """Wait for something that has no event to wait on, such as the end of a foreign process."""
     async with asyncio.timeout(seconds(timeout)):
-        while not test():
+        while not test():  # noqa: ASYNC110 - there is no event
             await asyncio.sleep(0.01)

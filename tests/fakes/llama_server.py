@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -266,6 +265,8 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if args.fork_grandchild:
         code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3600)"
+        import subprocess  # slow to import, rarely needed
+
         child = subprocess.Popen([sys.executable, "-IS", "-c", code])
         print(f"grandchild {child.pid}", flush=True)
     Server(args).run()

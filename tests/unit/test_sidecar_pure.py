@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from sidecar.errors import (
     backend_error,
 )
 from sidecar.exits import Cause, judge
-from sidecar.gguf import GgufHeader, read_header
+from sidecar.gguf import GgufHeader, Value, read_header
 from sidecar.modes import Mode, settle
 from sidecar.sse import MAX_EVENT_BYTES, Event, EventParser, EventTooLarge
 from sidecar.states import Plan
@@ -234,7 +235,7 @@ GIB = 1 << 30
 
 
 def model_of(size: int) -> GgufHeader:
-    metadata = {
+    metadata: dict[str, Value] = {
         "general.architecture": "llama",
         "llama.context_length": 32768,
         "llama.block_count": 32,
@@ -291,7 +292,7 @@ def test_arguments_of_the_server() -> None:
         model=Path("/m/a b.gguf"), log_dir=Path("/l"), embeddings=True, extra_args=("--seed", "1")
     )
     arguments = server_arguments(config, Plan(2048, 4, 7), port=1234, threads=3)
-    pairs = dict(zip(arguments, arguments[1:], strict=False))
+    pairs = dict(itertools.pairwise(arguments))
     assert pairs["--model"] == "/m/a b.gguf"
     assert (pairs["--ctx-size"], pairs["--parallel"]) == ("8192", "4")
     assert (pairs["--host"], pairs["--port"], pairs["--n-gpu-layers"]) == ("127.0.0.1", "1234", "7")
