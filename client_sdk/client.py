@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
-from client_sdk.directory import Directory, Entry
+from client_sdk.directory import Directory, EntryNode
 from client_sdk.dispatch import Dispatcher
 from client_sdk.failover import ChatJournal, Journal, TextJournal
 from client_sdk.generate import TokenStream
@@ -49,10 +50,10 @@ class MeshClient:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
     ) -> None:
         self.timeouts = timeouts
-        self.network, entries = _resolve([join] if isinstance(join, str) else list(join), network)
+        self.network, ways = _resolve([join] if isinstance(join, str) else list(join), network)
         self.identity = identity or Identity()
         self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect)
-        self._directory = Directory(self._pool, entries, timeout=timeouts.find)
+        self._directory = Directory(self._pool, ways, timeout=timeouts.find)
         self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, random.Random())  # noqa: S311 - no secret
 
     async def __aenter__(self) -> Self:
@@ -152,16 +153,16 @@ class MeshClient:
         return TokenStream(self._dispatcher, journal, need, model, priority)
 
 
-def _resolve(join: Sequence[str], network: str | Network) -> tuple[Network, list[Entry]]:
+def _resolve(join: Sequence[str], network: str | Network) -> tuple[Network, list[EntryNode]]:
     """The network and the entry nodes that the join arguments name."""
     chosen = network if isinstance(network, Network) else Network(network)
-    entries: list[Entry] = []
+    ways: list[EntryNode] = []
     for text in join:
-        target = parse_entry(text)
+        target = parse_entry(text, time.time())
         if target.network is not None:
             chosen = target.network
-        entries += [Entry(address, target.peer) for address in target.addresses]
-    return chosen, entries
+        ways += [EntryNode(address, target.peer) for address in target.addresses]
+    return chosen, ways
 
 
 def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:

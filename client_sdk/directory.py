@@ -23,8 +23,8 @@ MAX_KNOWN = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A node to start from; where its id is known nobody else can pose as it."""
+class EntryNode:
+    """A node to ask; where its id is known nobody else can pose as it."""
 
     address: Address
     peer: NodeId | None = None
@@ -33,14 +33,14 @@ class Entry:
 class Directory:
     """Answers from the mesh. Identical questions at the same time are asked once."""
 
-    def __init__(self, pool: Pool, entries: list[Entry], *, timeout: float) -> None:
+    def __init__(self, pool: Pool, entries: list[EntryNode], *, timeout: float) -> None:
         if not entries:
             raise ValueError("at least one entry node is needed")
         self._pool = pool
         self._entries = entries
         self._timeout = timeout
         self._cache: dict[str, tuple[float, list[WorkerRecord]]] = {}
-        self._known: dict[NodeId, Entry] = {}
+        self._known: dict[NodeId, EntryNode] = {}
         """Workers seen in answers: other ways in when the entry nodes are gone."""
         self._asking: dict[str, asyncio.Task[list[WorkerRecord]]] = {}
         self._tasks = TaskOwner()
@@ -105,7 +105,9 @@ class Directory:
                 self._cache.pop(model, None)
             for record in records:
                 if len(self._known) < MAX_KNOWN and record.addresses:
-                    self._known[record.node_id] = Entry(parse_address(record.addresses[0]), record.node_id)
+                    self._known[record.node_id] = EntryNode(
+                        parse_address(record.addresses[0]), record.node_id
+                    )
             return records
         finally:
             del self._asking[model]
@@ -145,7 +147,7 @@ class Directory:
                 continue
             if entry.peer is None:
                 # Trust on first use: from now on only this node is accepted at the address.
-                self._entries[index] = Entry(entry.address, connection.peer_id)
+                self._entries[index] = EntryNode(entry.address, connection.peer_id)
             if connection.peer_id not in tried:
                 tried.add(connection.peer_id)
                 yield connection

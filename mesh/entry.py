@@ -1,4 +1,4 @@
-"""What a person writes to say where a mesh begins: `HOST:PORT` or `ID@HOST:PORT`. Pure."""
+"""What a person writes to say where a mesh begins: `HOST:PORT`, `ID@HOST:PORT` or a join token. Pure."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from mesh.address import Address, parse_address
 from mesh.errors import ConfigurationError
 from mesh.identity import NodeId, parse_node_id
+from mesh.join import decode_token, looks_like_token
 from mesh.limits import DEFAULT_PORT
 from mesh.network import Network
 
@@ -20,8 +21,13 @@ class Entry:
     network: Network | None = None
 
 
-def parse_entry(text: str) -> Entry:
-    """Read one `--join` argument; the port may be left out. Raises ConfigurationError."""
+def parse_entry(text: str, now: float) -> Entry:
+    """Read one `--join` argument; the port may be left out. `now` (unix seconds) is for tokens, which
+    expire. Raises ConfigurationError.
+    """
+    if looks_like_token(text):
+        invitation = decode_token(text, now)
+        return Entry(tuple(map(parse_address, invitation.addresses)), network=invitation.network)
     node_id, at, address = text.strip().rpartition("@")
     try:
         peer = parse_node_id(node_id) if at else None

@@ -11,8 +11,11 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+import socket
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
+from ipaddress import ip_address
 from typing import Any
 
 from mesh.address import Address
@@ -120,6 +123,8 @@ class Node:
             load=state.load,
         )
         self._dht.join(seeds)
+        if config.mdns and (search := _lan_search(network, self._dht, tcp)) is not None:
+            background.append(group.create_task(search, name="mdns"))
         folder.publish(
             {"pid": os.getpid(), "worker_id": worker_id, "address": address, "network": network.name}
         )
@@ -149,7 +154,7 @@ class Node:
         """The network and the nodes to start from, as --network and --join name them."""
         network, seeds = Network(self.config.network), list[Address]()
         for text in self.config.join:
-            target = parse_entry(text)
+            target = parse_entry(text, time.time())
             network = target.network or network
             seeds += target.addresses
         return network, seeds
@@ -252,6 +257,16 @@ class Node:
     async def _stop_dht(self) -> None:
         if self._dht is not None:
             await self._dht.stop()
+
+
+def _lan_search(network: Network, dht: Dht, sock: socket.socket) -> Coroutine[Any, Any, None] | None:
+    """Look for peers on the local network; None for a node that only its own machine can reach."""
+    host, port = sock.getsockname()[:2]
+    if ip_address(host).is_loopback:
+        return None
+    from mesh.lan import Lan  # noqa: PLC0415 - zeroconf costs memory that a node without mDNS saves
+
+    return Lan(network, lambda addresses: dht.join(addresses, found="lan")).run(host, port)
 
 
 @contextmanager

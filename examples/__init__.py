@@ -1,0 +1,1 @@
+"""Examples of QMesh, to be read and run."""
