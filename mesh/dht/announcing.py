@@ -9,23 +9,30 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 
 from mesh.dht import limits
+from mesh.dht.catalogue import Catalogue, Published
+from mesh.dht.crawl import Answer
 from mesh.dht.environment import Environment
 from mesh.dht.lookups import Lookups
 from mesh.dht.protocol import MeshProtocol
 from mesh.dht.shards import MERGE_AT, Depth, depth_flags, sibling
 from mesh.dht.store import Outcome
-from mesh.errors import ConfigurationError
 from mesh.identity import Identity
-from mesh.limits import RECORD_TTL
 from mesh.network import Network
 from mesh.records import (
     WorkerRecord,
-    catalogue_key,
     model_key,
     shard_prefix,
-    sign_catalogue,
     sign_record,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Shown:
+    """A record that is still out there, and who holds it."""
+
+    blob: bytes
+    expires: int
+    holders: list[Answer]
 
 
 @dataclass(slots=True)
@@ -33,8 +40,8 @@ class _Announced:
     """One of our models: where it is announced now, and every key that still shows it."""
 
     depth: Depth
-    shown: dict[bytes, tuple[bytes, int]] = field(default_factory=dict)
-    """key → (record, its expiry)"""
+    shown: dict[bytes, _Shown] = field(default_factory=dict)
+    """By key."""
     healthy: bool = True
 
 
@@ -57,18 +64,15 @@ class Announcing:
         self._wall = environment.wall
         self._rng = environment.rng
         self._own: dict[str, _Announced] = {}
-        self._catalogue = b""
-        self._catalogue_names: frozenset[str] = frozenset()
-        self._catalogue_due = 0.0
-        self._catalogue_seq = 0
+        self._catalogue = Catalogue(self._publish, lookups, identity, network, environment)
 
     def own(self, key: bytes) -> Iterable[bytes]:
         """Our own records under a key."""
-        if self._catalogue and key == catalogue_key(self._network):
-            yield self._catalogue
+        if key == self._catalogue.key and self._catalogue.blob is not None:
+            yield self._catalogue.blob
         for announced in self._own.values():
             if key in announced.shown:
-                yield announced.shown[key][0]
+                yield announced.shown[key].blob
 
     async def announce(self, record: WorkerRecord) -> int:
         """See `Dht.announce`."""
@@ -80,7 +84,9 @@ class Announcing:
             depth, _ = await self._lookups.walk(record.model, self._identity.id, 1, until)
             own = self._own.setdefault(record.model, _Announced(Depth(depth, self._clock())))
         own.healthy = record.health > 0
-        replicas, _ = await asyncio.gather(self._announce_at_depth(own, record), self._announce_catalogue())
+        replicas, _ = await asyncio.gather(
+            self._announce_at_depth(own, record), self._catalogue.update(self._healthy())
+        )
         return replicas
 
     async def withdraw(self, record: WorkerRecord) -> None:
@@ -95,16 +101,19 @@ class Announcing:
             seq=max(int(now * 1000), record.seq + 1),
             expires=int(now + limits.WITHDRAWN_LIFETIME),
         )
-        keys = [key for key, (_, expires) in own.shown.items() if expires > now]
+        # Straight to those who hold the records: there is no time for another walk.
+        stores = []
+        for key, shown in own.shown.items():
+            if shown.expires > now:
+                blob = sign_record(last, self._identity, self._network, key)
+                self._protocol.storage.put(key, blob, None, now)
+                stores.append(self._lookups.ask_all(shown.holders, "store", [key, blob]))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limits.WITHDRAW_DEADLINE):
-                await asyncio.gather(
-                    *(
-                        self._publish(key, sign_record(last, self._identity, self._network, key))
-                        for key in keys
-                    ),
-                    self._announce_catalogue(),
-                )
+                await asyncio.gather(*stores, self._catalogue.update(self._healthy()))
+
+    def _healthy(self) -> dict[str, int]:
+        return {name: own.depth.workers() for name, own in self._own.items() if own.healthy}
 
     async def _announce_at_depth(self, own: _Announced, record: WorkerRecord) -> int:
         depth = own.depth
@@ -129,56 +138,23 @@ class Announcing:
         key = model_key(self._network, record.model, depth, shard_prefix(record.node_id, depth))
         blob = sign_record(flagged, self._identity, self._network, key)
         now = self._wall()
-        own.shown = {key: shown for key, shown in own.shown.items() if shown[1] > now}
-        own.shown[key] = (blob, record.expires)
-        replicas, count = await self._publish(key, blob)
-        if depth == own.depth.depth and count:
-            own.depth.count = count
-        return replicas
+        own.shown = {k: shown for k, shown in own.shown.items() if shown.expires > now}
+        own.shown[key] = _Shown(blob, record.expires, [])
+        published = await self._publish(key, blob)
+        own.shown[key] = _Shown(blob, record.expires, published.holders)
+        if depth == own.depth.depth and published.count:
+            own.depth.count = published.count
+        return published.replicas
 
-    async def _announce_catalogue(self) -> None:
-        """List our models, each with a probability that keeps about ten workers listed for each model."""
-        live = {name: own.depth.workers() for name, own in self._own.items() if own.healthy}
-        names = frozenset(live)
-        if names == self._catalogue_names and (not names or self._clock() < self._catalogue_due):
-            return
-        removed = self._catalogue_names - names
-        self._catalogue_names = names
-        self._catalogue_due = self._clock() + limits.CATALOGUE_INTERVAL
-        now = self._wall()
-        listed = [
-            (name, workers)
-            for name, workers in live.items()
-            if self._rng.random() < limits.CATALOGUE_LISTINGS / workers
-        ]
-        if not listed and not (removed and self._catalogue):
-            return
-        self._catalogue_seq = max(int(now * 1000), self._catalogue_seq + 1)
-        lifetime = RECORD_TTL if listed else limits.WITHDRAWN_LIFETIME
-        self._rng.shuffle(listed)
-        while True:
-            try:
-                blob = sign_catalogue(
-                    listed, self._catalogue_seq, int(now + lifetime), self._identity, self._network
-                )
-                break
-            except ConfigurationError:
-                # More names than fit: some now, others next time.
-                listed.pop()
-        self._catalogue = blob
-        await self._publish(catalogue_key(self._network), blob)
-
-    async def _publish(self, key: bytes, blob: bytes) -> tuple[int, int]:
-        """(other nodes that took it, records that they hold under the key; their median)."""
-        protocol = self._protocol
-        if not protocol.client:
-            protocol.storage.put(key, blob, None, self._wall())
-        answers = await self._lookups.nearest(key)
-        replies = await self._lookups.ask_all(answers, "store", [key, blob])
+    async def _publish(self, key: bytes, blob: bytes) -> Published:
+        if not self._protocol.client:
+            self._protocol.storage.put(key, blob, None, self._wall())
+        holders = await self._lookups.nearest(key)
+        replies = await self._lookups.ask_all(holders, "store", [key, blob])
         replicas, counts = 0, []
         for reply in replies:
             match reply:
                 case [_, _, int(outcome), int(count), *_]:
                     replicas += outcome == Outcome.STORED
                     counts.append(count)
-        return replicas, round(median(counts)) if counts else 0
+        return Published(holders, replicas, round(median(counts)) if counts else 0)

@@ -21,11 +21,12 @@ LOOKUP_DEADLINE: Final = 6.0
 MAX_PAGES: Final = 16
 """Rounds of requests for further records of one key."""
 STORE_TIMEOUT: Final = 1.0
+COUNTS_ASKED: Final = 3
 MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0
-CATALOGUE_LISTINGS: Final = 8
-"""About how many of a model's workers list it with each announcement."""
+CATALOGUE_LISTINGS: Final = 4
+"""About how many of a model's workers list it in each interval; a listing lives for two."""
 MAX_CATALOGUE: Final = 1000
 WITHDRAWN_LIFETIME: Final = 60.0
 WITHDRAW_DEADLINE: Final = 1.5

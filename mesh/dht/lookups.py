@@ -16,7 +16,6 @@ from mesh.dht.gather import Gathering
 from mesh.dht.protocol import MeshProtocol
 from mesh.dht.rpc import Reply
 from mesh.dht.shards import SPLIT_AT, flagged_depth
-from mesh.errors import MalformedMessage
 from mesh.network import Network
 from mesh.records import (
     Listing,
@@ -104,14 +103,21 @@ class Lookups:
         return best, tried[best]
 
     async def count(self, key: bytes) -> int:
-        """How many records there are under a key."""
+        """How many records there are under a key, as the first few holders say."""
 
-        def refuse(blob: bytes) -> tuple[bytes, int, bytes]:
-            raise MalformedMessage("records are not looked at")
+        counts: list[int] = []
 
-        gathering = Gathering(refuse, bool, 1, self._rng.randbytes(8))
-        await self._crawl(key, gathering, limits.CRAWL_DEADLINE)
-        return gathering.count
+        def enough(answer: Answer) -> bool:
+            match answer.reply:
+                case [_, _, _, int(count), *_] if count > 0:
+                    counts.append(count)
+            return len(counts) >= limits.COUNTS_ASKED
+
+        start = self._start(key)
+        await Crawl(
+            self._protocol, key, start, method="find_value", arguments=lambda: [b"", 0], on_answer=enough
+        ).run()
+        return round(median(counts)) if counts else 0
 
     async def nearest(self, key: bytes) -> list[Answer]:
         """The contacts nearest to a key, which are to hold its records."""

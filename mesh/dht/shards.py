@@ -43,7 +43,7 @@ class Depth:
 
     def move(self, depth: int, now: float) -> None:
         """Announce elsewhere from now on."""
-        self.depth, self.since = depth, now
+        self.depth, self.since, self.count = depth, now, 1
 
     def workers(self) -> int:
         """About how many workers the model has on the whole mesh."""
