@@ -45,7 +45,7 @@ class Child:
         Call it from a thread that lives as long as the server should (see `sidecar.launch`).
         """
         port, key, nonce = free_port(), secrets.token_hex(16), secrets.token_hex(16)
-        arguments = server_arguments(config, plan, port=port, threads=settings.threads)
+        arguments = server_arguments(config, plan, settings, port=port)
         environment = {**os.environ, "LLAMA_API_KEY": key, orphans.NONCE_VARIABLE: nonce}
         if server.kind == "embedded":
             paths = (_PACKAGE_ROOT, environment.get("PYTHONPATH"))

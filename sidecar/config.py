@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, model_validator
 
-from sidecar.modes import Mode
+from sidecar.modes import Mode, Settings
 from sidecar.states import Plan
 
 
@@ -53,15 +53,17 @@ class SidecarConfig(BaseModel):
         return re.sub(r"[^\w.-]", "_", self.name)[:80]
 
 
-def server_arguments(config: SidecarConfig, plan: Plan, *, port: int, threads: int) -> list[str]:
+def server_arguments(config: SidecarConfig, plan: Plan, settings: Settings, *, port: int) -> list[str]:
     """llama-server's arguments. The API key goes by LLAMA_API_KEY, never here: argv is public."""
     arguments = ["--model", str(config.model), "--alias", config.name]
     arguments += ["--host", "127.0.0.1", "--port", str(port)]
     # llama-server divides --ctx-size by an explicit --parallel
     arguments += ["--ctx-size", str(plan.context * plan.slots), "--parallel", str(plan.slots)]
-    arguments += ["--threads", str(threads), "--metrics"]
+    arguments += ["--threads", str(settings.threads), "--metrics"]
     if plan.gpu_layers is not None:
         arguments += ["--n-gpu-layers", str(plan.gpu_layers)]
     if config.embeddings:
-        arguments.append("--embeddings")
+        arguments += ["--embeddings"]
+    if settings.pooling:
+        arguments += ["--pooling", settings.pooling]
     return [*arguments, *config.extra_args]

@@ -56,6 +56,8 @@ class Settings:
     plan: Plan
     threads: int
     nice: int
+    pooling: str | None = None
+    """How token vectors become one, where the model itself does not say."""
 
 
 def settle(
@@ -68,10 +70,12 @@ def settle(
     slots: int | None = None,
     gpu_layers: int | None = None,
     threads: int | None = None,
+    embeddings: bool = False,
 ) -> Settings:
     """The settings for a model on a machine with `cores` physical cores and `memory` bytes.
 
     `context` (tokens per slot), `slots`, `gpu_layers` and `threads` are the user's own words, or None.
+    A model that is to embed and names no pooling gets `mean`.
     """
     share = SHARES[mode]
     if threads is None:
@@ -90,4 +94,5 @@ def settle(
             plan = Plan(plan.context // 2, plan.slots, gpu_layers, plan.layers)
         else:
             break
-    return Settings(plan, threads, share.nice)
+    pooling = "mean" if embeddings and f"{model.architecture}.pooling_type" not in model.metadata else None
+    return Settings(plan, threads, share.nice, pooling)

@@ -111,7 +111,8 @@ class Supervisor:
     @property
     def client(self) -> SidecarClient | None:
         """The server's client while it can answer, else None."""
-        return self._child.client if self._child and self.state in life.SERVING else None
+        child = self._child
+        return child.client if child and not child.ended and self.state in states.SERVING else None
 
     @property
     def restarts(self) -> int:
@@ -159,8 +160,8 @@ class Supervisor:
         if self.state in (State.STOPPED, State.STOPPING):
             self._send(states.StartRequested())
         await self._until(self._is_settled, timeout)
-        if self.state in states.SERVING and self._child:
-            return self._child.client
+        if client := self.client:
+            return client
         if self.state is State.FAILED and self.last_error:
             raise self.last_error.copy()
         raise SidecarStopped(f"{self.config.name} was stopped")
@@ -203,6 +204,7 @@ class Supervisor:
             slots=self.config.slots,
             gpu_layers=self.config.gpu_layers,
             threads=self.config.threads,
+            embeddings=self.config.embeddings,
         )
 
     def _is_settled(self) -> bool:

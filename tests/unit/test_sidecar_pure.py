@@ -23,7 +23,7 @@ from sidecar.errors import (
 )
 from sidecar.exits import Cause, judge
 from sidecar.gguf import GgufHeader, Value, read_header
-from sidecar.modes import Mode, settle
+from sidecar.modes import Mode, Settings, settle
 from sidecar.sse import MAX_EVENT_BYTES, Event, EventParser, EventTooLarge
 from sidecar.states import Plan
 from tests.sidecar_support import DEMO
@@ -291,12 +291,12 @@ def test_arguments_of_the_server() -> None:
     config = SidecarConfig(
         model=Path("/m/a b.gguf"), log_dir=Path("/l"), embeddings=True, extra_args=("--seed", "1")
     )
-    arguments = server_arguments(config, Plan(2048, 4, 7), port=1234, threads=3)
+    arguments = server_arguments(config, Plan(2048, 4, 7), Settings(Plan(1, 1), 3, 0, "mean"), port=1234)
     pairs = dict(itertools.pairwise(arguments))
     assert pairs["--model"] == "/m/a b.gguf"
     assert (pairs["--ctx-size"], pairs["--parallel"]) == ("8192", "4")
     assert (pairs["--host"], pairs["--port"], pairs["--n-gpu-layers"]) == ("127.0.0.1", "1234", "7")
-    assert arguments[-3:] == ["--embeddings", "--seed", "1"]
+    assert arguments[-5:] == ["--embeddings", "--pooling", "mean", "--seed", "1"]
     assert not any("key" in argument for argument in arguments)
     assert config.file_name == "a_b"
 
