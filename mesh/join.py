@@ -53,7 +53,7 @@ def encode_token(invitation: Invitation) -> str:
         )
     network = invitation.network
     payload = msgpack.packb([network.name, network.secret, invitation.addresses, invitation.expires])
-    return PREFIX + base64.b32encode(payload + _checksum(payload)).decode().rstrip("=").lower()
+    return PREFIX + _text(payload + _checksum(payload))
 
 
 def decode_token(text: str, now: float) -> Invitation:
@@ -92,7 +92,8 @@ def _payload(text: str) -> bytes:
     except binascii.Error as error:
         raise MalformedMessage("it holds characters that no token has, or some are missing") from error
     payload, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
-    if not payload or checksum != _checksum(payload):
+    # Comparing the text too catches a change in the last character's unused bits.
+    if not payload or checksum != _checksum(payload) or _text(data) != text:
         raise MalformedMessage("its checksum is wrong, so some characters are missing or changed")
     return payload
 
@@ -106,6 +107,10 @@ def _invitation(payload: bytes) -> Invitation:
         ):
             return Invitation(Network(name, secret), tuple(addresses), expires)
     raise MalformedMessage("its content is not an invitation")
+
+
+def _text(data: bytes) -> str:
+    return base64.b32encode(data).decode().rstrip("=").lower()
 
 
 def _checksum(payload: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import math
 import random
 from collections import Counter
@@ -151,7 +152,8 @@ async def routing(world: World, nodes: int, *, lookups: int = 200) -> dict[str, 
     population.wire()
     ids = [dht_id(m.identity.id) for m in population.members]
     hops, requests, exact, seconds = [], [], [], []
-    for _ in range(lookups):
+
+    async def walk() -> None:
         target = population.rng.randbytes(20)
         member = population.rng.choice(population.members)
         start = [(c.id, c.address) for c in member.table.closest(target)]
@@ -160,12 +162,14 @@ async def routing(world: World, nodes: int, *, lookups: int = 200) -> dict[str, 
         answers = await crawl.run()
         seconds.append(world.loop.time() - began)
         number = int.from_bytes(target)
-        nearest = sorted(ids, key=lambda i: int.from_bytes(i) ^ number)
         own = dht_id(member.identity.id)
-        truth = [i for i in nearest[:21] if i != own][:20]
-        exact.append(len(set(truth) & {a.contact_id for a in answers}) / len(truth))
+        nearest = heapq.nsmallest(20, (i for i in ids if i != own), key=lambda i: int.from_bytes(i) ^ number)
+        exact.append(len(set(nearest) & {a.contact_id for a in answers}) / len(nearest))
         hops.append(crawl.hops)
         requests.append(crawl.requests)
+
+    for _ in range(lookups // 20):
+        await asyncio.gather(*(walk() for _ in range(20)))
     await population.stop()
     return {
         "nodes": nodes,
@@ -219,10 +223,14 @@ async def liars(world: World, nodes: int, *, share: float = 0.3, lookups: int = 
             make_liar(member, population.rng)
     honest = [member for member in population.members if member not in chosen]
     results = Lookups()
-    for number in range(lookups):
+
+    async def announce_and_find(number: int) -> None:
         worker, asker = population.rng.sample(honest, 2)
         await worker.announce(f"m{number}")
         await timed_lookup(world, asker, f"m{number}", results)
+
+    for batch in range(lookups // 10):
+        await asyncio.gather(*(announce_and_find(10 * batch + number) for number in range(10)))
     await population.stop()
     return {"nodes": nodes, "liars": share, **results.summary()}
 
