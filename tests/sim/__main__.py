@@ -22,6 +22,7 @@ SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "churn": (lambda w, n: scenarios.churn(w, n, minutes=5), 10_000),
     "liars": (lambda w, n: scenarios.liars(w, n, lookups=500), 10_000),
     "popular": (lambda w, n: scenarios.popular(w, n, workers=10 * n, samples=2000), 2_000),
+    "hostile": (lambda w, n: scenarios.hostile(w, n, datagrams=1_000_000), 12),
     "halves": (scenarios.halves, 500),
     "bootstrap": (scenarios.bootstrap_lost, 500),
     "partition": (scenarios.partition, 200),

@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from statistics import mean, median
 from typing import Any
 
+import psutil
+
 from mesh.dht.addresses import pack_neighbour
 from mesh.dht.announcing import Announcing
 from mesh.dht.crawl import Crawl
+from mesh.dht.datagrams import Codec
 from mesh.dht.rpc import Request
 from mesh.identity import Identity, dht_id
 from mesh.limits import ANNOUNCE_INTERVAL
@@ -453,3 +456,86 @@ def uniform_p(workers: list[bytes], met: Counter[bytes]) -> float:
     spread = 2 / (9 * freedom)
     z = ((chi / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
     return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+async def hostile(world: World, nodes: int, *, datagrams: int) -> dict[str, Any]:
+    """A node gets datagrams that hold anything, from anywhere: junk, mutants, well-tagged nonsense."""
+    population = Population(world)
+    await population.grow(nodes)
+    await asyncio.sleep(30)
+    victim = population.members[0]
+    for number, member in enumerate(population.members):
+        await member.announce(f"m{number % 3}")
+    rng = population.rng
+    codec = Codec(population.network)
+    genuine = [b""]
+    deliver = victim.protocol.datagram_received
+
+    def tap(data: bytes, addr: Any) -> None:
+        genuine.append(data)
+        del genuine[:-50]
+        deliver(data, addr)
+
+    victim.protocol.datagram_received = tap
+    tokens: list[bytes] = []
+    began_rss = rss()
+    for number in range(datagrams):
+        host = f"{rng.randrange(1, 224)}.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)}"
+        source = rng.choice([(host, rng.randrange(65536)), population.members[1].address])
+        if number % 1000 == 0:
+            tokens = [victim.protocol._issued.issue(source[0], world.loop.time()), b"", rng.randbytes(8)]
+            await asyncio.sleep(0.01)
+        match rng.randrange(4):
+            case 0:
+                data = rng.randbytes(rng.choice((0, 1, 28, 29, 60, 400, 1200, 1201, 60000)))
+            case 1:
+                mutant = bytearray(rng.choice(genuine))
+                for _ in range(rng.randrange(1, 4) if mutant else 0):
+                    mutant[rng.randrange(len(mutant))] = rng.randrange(256)
+                body = bytes(mutant)[:-8]
+                data = body + codec._tag(body)
+            case 2:
+                data = codec.encode(rng.choice((0, 1)), rng.randbytes(20), anything(rng, 3))
+            case _:
+                method = rng.choice(("ping", "find_node", "find_value", "store", "stun", "__init__"))
+                asker = rng.choice((rng.randbytes(32), b"", population.members[1].identity.id))
+                arguments = [asker, rng.choice(tokens), *(anything(rng, 2) for _ in range(rng.randrange(4)))]
+                data = codec.encode(0, rng.randbytes(20), [method, arguments])
+        victim.protocol.datagram_received(data, source)
+    await asyncio.sleep(5)
+    protocol = victim.protocol
+    sizes = {
+        "records": protocol.storage.records,
+        "contacts": len(protocol.router),
+        "pending": len(protocol._pending),
+        "tokens": len(protocol._tokens.items()),
+        "silent": len(protocol._silent.items()),
+        "verifying": len(protocol._verifying),
+    }
+    lookups = Lookups()
+    await timed_lookup(world, population.members[-1], "m0", lookups)
+    await timed_lookup(world, victim, "m1", lookups)
+    await population.stop()
+    return {"sent": datagrams, "still_works": lookups.success == 1, **sizes, "grown_MB": rss() - began_rss}
+
+
+def anything(rng: random.Random, depth: int) -> Any:
+    """A random msgpack value."""
+    kind = rng.randrange(9 if depth else 7)
+    if kind >= 7:
+        return [anything(rng, depth - 1) for _ in range(rng.randrange(5))]
+    simple = (
+        None,
+        True,
+        rng.randrange(-(2**63), 2**64),
+        rng.random(),
+        "text",
+        rng.randbytes(20),
+        rng.randbytes(32),
+    )
+    return simple[kind]
+
+
+def rss() -> int:
+    """Resident memory of this process in MB."""
+    return psutil.Process().memory_info().rss >> 20

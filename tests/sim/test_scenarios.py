@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from mesh.dht import limits
 from mesh.network import Network
 from tests.sim import scenarios
 from tests.sim.population import Population
@@ -52,12 +53,25 @@ def test_the_mesh_heals_after_a_partition() -> None:
 
 def test_a_popular_model_overloads_no_key_and_is_sampled_evenly() -> None:
     world = World(7)
-    result = world.run(scenarios.popular(world, 30, workers=200, samples=300, settle=420))
+    result = world.run(scenarios.popular(world, 16, workers=90, samples=200, settle=300))
     assert result["success"] == 1
     assert result["fullest_key"] <= 64
     assert result["stores_per_s_and_key_max"] <= 1
-    assert result["workers_met"] >= 120
+    assert result["workers_met"] >= 70
+    assert max(result["depths"]) >= 1
     assert result["uniform_p"] >= 0.001
+
+
+def test_hostile_datagrams_break_and_fill_nothing() -> None:
+    world = World(12)
+    result = world.run(scenarios.hostile(world, 6, datagrams=20_000))
+    assert result["still_works"]
+    assert result["records"] <= limits.MAX_RECORDS
+    assert result["contacts"] <= 6
+    assert result["pending"] <= limits.MAX_PENDING
+    assert result["tokens"] <= limits.MAX_REMEMBERED_TOKENS
+    assert result["silent"] <= limits.MAX_REMEMBERED_FAILURES
+    assert result["verifying"] <= limits.MAX_VERIFYING
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
@@ -91,7 +105,7 @@ def test_a_node_that_slept_comes_back_by_itself() -> None:
         assert await other.dht.lookup("m") == []
         assert all(contact.address != sleeper.address for contact in other.table)
         world.reaches = None
-        await asyncio.sleep(25)
+        await asyncio.sleep(40)
         assert await sleeper.announce("m") >= 10
         assert len(await other.dht.lookup("m")) == 1
         await population.stop()
