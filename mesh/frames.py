@@ -213,19 +213,18 @@ def decode(plaintext: bytes) -> list[Message]:
         max_buffer_size=MAX_PLAINTEXT, max_array_len=MAX_META_ITEMS, max_map_len=MAX_META_ITEMS, max_ext_len=0
     )
     messages: list[Message] = []
+    if not plaintext:
+        raise MalformedMessage("an empty frame")
     try:
         unpacker.feed(plaintext)
-        for fields in unpacker:
-            message = _decode_one(fields)
+        while unpacker.tell() < len(plaintext):
+            message = _decode_one(unpacker.unpack())
             if message is not None:
                 messages.append(message)
-        consumed = unpacker.tell()
-    except MalformedMessage:
-        raise
+    except msgpack.OutOfData as error:
+        raise MalformedMessage("a frame ends in the middle of a message") from error
     except (ValueError, IndexError, msgpack.UnpackException) as error:
         raise MalformedMessage(f"not a message: {error or type(error).__name__}") from error
-    if consumed != len(plaintext) or not plaintext:
-        raise MalformedMessage("a frame ends in the middle of a message, or is empty")
     return messages
 
 
@@ -333,7 +332,7 @@ def _problem(meta: Meta) -> str | None:
             else:
                 values = container
             for value in values:
-                if isinstance(value, dict | list | tuple):
+                if type(value) in (dict, list, tuple):
                     deeper.append(value)
                 elif not (value is None or isinstance(value, str | int | float | bytes)):
                     return f"meta holds a value of type {type(value).__name__}"

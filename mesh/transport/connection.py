@@ -110,7 +110,7 @@ class Connection(asyncio.BufferedProtocol):
         Raises ConnectionClosed, ShuttingDown and other RemoteErrors where the peer takes no more streams,
         ValueError for a meta that no message can hold (send it as a body).
         """
-        if self.closed:
+        if self.closed and self.state.goaway_received is None:
             raise self._closed_error()
         sid = self.state.open(method, meta, body, end=end)
         stream = self._streams[sid] = Stream(self, sid, method, meta)
@@ -222,11 +222,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone."""
-        goaway = self.state.goaway_received
-        if goaway is not None:
-            reason = f"closed by the peer: {goaway.message or f'code {goaway.code}'}"
-        else:
-            reason = f"lost: {exc}" if exc else "closed by the peer"
+        lost = f"lost: {exc}" if exc else "closed by the peer"
+        reason = self._goaway_reason() or lost
         self._end(reason, ConnectionClosed(reason))
         if self._timer is not None:
             self._timer.cancel()
@@ -330,7 +327,7 @@ class Connection(asyncio.BufferedProtocol):
         self._forget_finished()
         leaving = self.state.goaway_sent or self.state.goaway_received is not None
         if leaving and not (self.state.streams or self._tasks or self.state.outbox.waiting):
-            self._end("drained", ConnectionClosed("the connection was drained and closed"))
+            self._end(self._goaway_reason() or "drained", None)
 
     def _write(self) -> None:
         transport = self._transport
@@ -382,6 +379,10 @@ class Connection(asyncio.BufferedProtocol):
             self._gone.set()
             if self._on_gone is not None:
                 self._on_gone(self)
+
+    def _goaway_reason(self) -> str | None:
+        goaway = self.state.goaway_received
+        return goaway and f"closed by the peer: {goaway.message or f'code {goaway.code}'}"
 
     def _closed_error(self) -> ConnectionClosed:
         error = ConnectionClosed(f"the connection to {short_id(self.peer_id)} is over: {self.close_reason}")

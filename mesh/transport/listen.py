@@ -61,6 +61,8 @@ class Listener:
         policy: AdmissionPolicy,
         user_agent: str,
     ) -> None:
+        self.address: tuple[str, int] = ("", 0)
+        """Host and port that it listens on."""
         self.identity = identity
         self.network = network
         self.user_agent = user_agent
@@ -75,14 +77,6 @@ class Listener:
         self._ended = asyncio.Event()
         self._bug: BaseException | None = None
 
-    @property
-    def address(self) -> tuple[str, int]:
-        """Host and port that it listens on."""
-        if self._server is None or not self._server.sockets:
-            raise RuntimeError("the listener is not listening")
-        name = self._server.sockets[0].getsockname()
-        return str(name[0]), int(name[1])
-
     async def start(self, host: str, port: int, sock: socket.socket | None) -> None:
         """Bind and listen. Raises OSError."""
         loop = asyncio.get_running_loop()
@@ -90,6 +84,8 @@ class Listener:
             self._server = await loop.create_server(lambda: _Visitor(self), sock=sock, backlog=_BACKLOG)
         else:
             self._server = await loop.create_server(lambda: _Visitor(self), host, port, backlog=_BACKLOG)
+        name = self._server.sockets[0].getsockname()
+        self.address = (str(name[0]), int(name[1]))
 
     async def wait_closed(self) -> None:
         """Wait until the listener is closed. Raises the exception of a handler that has a bug."""
