@@ -13,16 +13,20 @@
 """
 
 from client_sdk.client import MeshClient
+from client_sdk.conversation import Conversation
 from client_sdk.generate import TokenStream
+from client_sdk.raw import RawAnswer
 from client_sdk.sync import SyncMeshClient, SyncTokenStream
 from client_sdk.types import Attempt, Completion, Explanation, ModelInfo, Timeouts, Token, WorkerInfo
 
 __all__ = [
     "Attempt",
     "Completion",
+    "Conversation",
     "Explanation",
     "MeshClient",
     "ModelInfo",
+    "RawAnswer",
     "SyncMeshClient",
     "SyncTokenStream",
     "Timeouts",

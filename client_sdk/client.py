@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
 
+from client_sdk.call import Request
+from client_sdk.conversation import Conversation
 from client_sdk.directory import Directory, EntryNode
-from client_sdk.dispatch import Dispatcher
+from client_sdk.dispatch import Dispatcher, refusal
+from client_sdk.events import decode_object
 from client_sdk.failover import ChatJournal, Journal, TextJournal
 from client_sdk.generate import TokenStream
+from client_sdk.passthrough import Passthrough
 from client_sdk.pool import Pool
+from client_sdk.raw import RawAnswer
 from client_sdk.selection import Need
-from client_sdk.types import Completion, ModelInfo, Timeouts, WorkerInfo
+from client_sdk.types import Completion, Explanation, ModelInfo, Timeouts, WorkerInfo
 from mesh.entry import parse_entry
-from mesh.errors import BadRequest
+from mesh.errors import BadRequest, MalformedMessage
 from mesh.identity import Identity
 from mesh.network import OPEN_NETWORK, Network
 
@@ -24,6 +31,8 @@ Message = Mapping[str, Any]
 
 CHARACTERS_PER_TOKEN = 4
 DEFAULT_ANSWER = 256
+HTTP_OK = 200
+_LIMITS = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n_predict")
 
 
 class MeshClient:
@@ -54,7 +63,8 @@ class MeshClient:
         self.identity = identity or Identity()
         self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect)
         self._directory = Directory(self._pool, ways, timeout=timeouts.find)
-        self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, random.Random())  # noqa: S311 - no secret
+        self._rng = random.Random()  # noqa: S311 - nothing here is a secret
+        self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, self._rng)
 
     async def __aenter__(self) -> Self:
         return self
@@ -122,11 +132,65 @@ class MeshClient:
             {"max_tokens": max_tokens, "temperature": temperature, "seed": seed, "stop": stop, **options}
         )
         length = sum(len(str(message.get("content") or "")) for message in history)
-        return self._stream(ChatJournal(history, body), length, model, max_tokens, priority)
+        journal = ChatJournal(history, body)
+        return self._stream(journal, length, model, max_tokens, priority, _prefix(history))
 
     async def chat(self, messages: str | Sequence[Message], **options: Any) -> Completion:
         """As `chat_stream`, but waits for the whole answer; its `message` continues the history."""
         return await self.chat_stream(messages, **options).read()
+
+    def conversation(
+        self, *, system: str | None = None, messages: Sequence[Message] = (), **options: Any
+    ) -> Conversation:
+        """A conversation that keeps its history; its turns stay with the worker that has it cached."""
+        return Conversation(self, system=system, messages=messages, **options)
+
+    @asynccontextmanager
+    async def request(
+        self,
+        path: str,
+        body: Mapping[str, Any] | bytes,
+        *,
+        model: str | None = None,
+        priority: int = 0,
+        trace: str | None = None,
+    ) -> AsyncIterator[RawAnswer]:
+        """Any generation endpoint of llama-server, raw: its status and its bytes.
+
+        `model` defaults to the body's `model`, else to the one that most workers have; `trace` is a
+        W3C traceparent that the worker's log will name. ::
+
+            async with mesh.request("/v1/embeddings", {"input": "Hello"}) as answer:
+                vectors = json.loads(await answer.read())
+
+        Raises BadRequest for a body that is no JSON object, and what `Attempts.run` raises.
+        """
+        content = decode_object(body) if isinstance(body, bytes) else dict(body)
+        name = model or content.get("model") or await self._directory.default_model()
+        limit = next((content[key] for key in _LIMITS if isinstance(content.get(key), int)), DEFAULT_ANSWER)
+        length = len(body) if isinstance(body, bytes) else len(repr(body))
+        need = Need(length // CHARACTERS_PER_TOKEN + 1, max(1, limit), _prefix(content.get("messages")))
+        journal = Passthrough(path, content, self._rng)
+        asked = Request(path, str(name), need, priority, trace)
+        async with RawAnswer(self._dispatcher, journal, asked, Explanation()) as answer:
+            yield answer
+
+    async def embed(
+        self, texts: str | Sequence[str], *, model: str | None = None, **options: Any
+    ) -> list[list[float]]:
+        """The embedding of each text, from a worker whose model makes embeddings.
+
+        Raises BadRequest where the model does not, and what `Attempts.run` raises.
+        """
+        inputs = [texts] if isinstance(texts, str) else list(texts)
+        async with self.request("/v1/embeddings", {"input": inputs, **options}, model=model) as answer:
+            content = await answer.read()
+        if answer.status != HTTP_OK:
+            raise refusal(answer.status, content)
+        data = decode_object(content).get("data")
+        if not isinstance(data, list) or len(data) != len(inputs):
+            raise MalformedMessage("the worker's embeddings have the wrong form")
+        return [item["embedding"] for item in sorted(data, key=lambda item: item["index"])]
 
     async def workers(self, model: str | None = None) -> list[WorkerInfo]:
         """The workers of a model (of the default one where None), best first, asked for anew.
@@ -145,11 +209,17 @@ class MeshClient:
         ]
 
     def _stream(
-        self, journal: Journal, characters: int, model: str | None, max_tokens: int | None, priority: int
+        self,
+        journal: Journal,
+        characters: int,
+        model: str | None,
+        max_tokens: int | None,
+        priority: int,
+        prefix: bytes | None = None,
     ) -> TokenStream:
         if max_tokens is not None and max_tokens < 1:
             raise BadRequest("max_tokens must be at least 1")
-        need = Need(characters // CHARACTERS_PER_TOKEN + 1, max_tokens or DEFAULT_ANSWER)
+        need = Need(characters // CHARACTERS_PER_TOKEN + 1, max_tokens or DEFAULT_ANSWER, prefix)
         return TokenStream(self._dispatcher, journal, need, model, priority)
 
 
@@ -163,6 +233,20 @@ def _resolve(join: Sequence[str], network: str | Network) -> tuple[Network, list
             chosen = target.network
         ways += [EntryNode(address, target.peer) for address in target.addresses]
     return chosen, ways
+
+
+def _prefix(messages: object) -> bytes | None:
+    """Names a conversation by what stays the same over its turns: all up to the first user message."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for message in messages:
+        if not isinstance(message, Mapping):
+            return None
+        digest.update(repr((message.get("role"), message.get("content"))).encode())
+        if message.get("role") == "user":
+            return digest.digest()
+    return None
 
 
 def _without_none(options: Mapping[str, Any]) -> dict[str, Any]:

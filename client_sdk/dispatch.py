@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
 from typing import Any, TypeVar
 
-import orjson
-
 from client_sdk.directory import Directory
 from client_sdk.events import decode_object
+from client_sdk.hedging import Hedging
 from client_sdk.pool import Pool
 from client_sdk.scoreboard import Scoreboard
 from client_sdk.selection import Choice, Need, choose, expected
@@ -24,7 +22,6 @@ from mesh.errors import (
     BackendFailed,
     BadRequest,
     ContextExceeded,
-    DeadlineExceeded,
     ModelNotFound,
     NoWorkers,
     Overloaded,
@@ -37,14 +34,13 @@ from mesh.errors import (
 )
 from mesh.records import WorkerRecord
 from mesh.tasks import TaskOwner
-from mesh.transport import Connection, Stream
+from mesh.transport import Connection
 
 PROBES = 4
 """Workers pinged at once to learn their round trip and load."""
 PROBE_WAIT = 0.25
 """Seconds that the first request waits for the probes."""
 PROBE_AGE = 10.0
-MAX_ERROR_BODY = 64 << 10
 
 T = TypeVar("T")
 
@@ -72,6 +68,7 @@ class Dispatcher:
         self.board = Scoreboard()
         self._rng = rng
         self._probed: dict[str, float] = {}
+        self._hedging: dict[str, Hedging] = {}
         self._tasks = TaskOwner()
 
     async def close(self) -> None:
@@ -126,38 +123,13 @@ class Dispatcher:
         finally:
             self.board.release(record.node_id)
 
-    async def open(
-        self, lease: Lease, path: str, model: str, body: bytes, *, deadline: float | None, priority: int
-    ) -> Stream:
-        """Send a request. `deadline` is the time left for it, in seconds."""
-        meta: dict[str, Any] = {"path": path, "model": model, "priority": priority}
-        if deadline is not None:
-            meta["deadline_ms"] = max(1, int(deadline * 1000))
-        return await lease.connection.open("infer", meta, body)
+    def hedging(self, model: str) -> Hedging:
+        """The hedging policy of a model."""
+        return self._hedging.setdefault(model, Hedging())
 
-    async def head(self, stream: Stream, patience: float | None) -> Mapping[str, Any]:
-        """The head of the response; waits as `read` does."""
-        return await self._while_alive(stream, stream.head, patience)
-
-    async def read(self, stream: Stream, patience: float | None) -> bytes | None:
-        """The next bytes of an answer, None at its end.
-
-        A worker's node that says nothing for a while is pinged, so that a dead machine is told from
-        a slow model. Raises DeadlineExceeded after `patience` seconds of silence.
-        """
-        return await self._while_alive(stream, stream.read, patience)
-
-    async def _while_alive(
-        self, stream: Stream, wait: Callable[[float], Awaitable[T]], patience: float | None
-    ) -> T:
-        limit = math.inf if patience is None else time.monotonic() + patience
-        while (left := limit - time.monotonic()) > 0:
-            try:
-                return await wait(min(left, self.timeouts.silence))
-            except DeadlineExceeded:
-                await stream.connection.ping(timeout=self.timeouts.silence)
-                self.learn_load(stream.connection)
-        raise DeadlineExceeded(f"the worker sent nothing for {patience:g} s")
+    def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
+        """A task that somebody awaits, and that ends with the client at the latest."""
+        return self._tasks.spawn(work, name=name, awaited=True)
 
     def learn_load(self, connection: Connection, load: Mapping[str, Any] | None = None) -> None:
         """Take in a load report: of END if given, else of the connection's last PONG."""
@@ -234,13 +206,14 @@ class Dispatcher:
         self.learn_load(connection)
 
 
-async def refusal(stream: Stream, status: int) -> QMeshError:
+def queue_seconds(head: Mapping[str, Any]) -> float | None:
+    """How long the request waited for a slot, as the worker says."""
+    value = head.get("queue_ms")
+    return value / 1000 if isinstance(value, int | float) else None
+
+
+def refusal(status: int, body: bytes) -> QMeshError:
     """The exception for an HTTP status other than 200, from llama-server's error body."""
-    body = b""
-    while (data := await stream.read(timeout=10.0)) is not None:
-        body += data
-        if len(body) > MAX_ERROR_BODY:
-            break
     try:
         details = decode_object(body).get("error") or {}
     except ProtocolError:
@@ -259,14 +232,6 @@ async def refusal(stream: Stream, status: int) -> QMeshError:
     if status in by_status:
         return by_status[status](message)
     return BadRequest(message) if 400 <= status < 500 or status == 501 else BackendFailed(message)
-
-
-def encode_body(body: Mapping[str, Any]) -> bytes:
-    """A request body as JSON. Raises BadRequest for values that JSON cannot hold."""
-    try:
-        return orjson.dumps(body)
-    except TypeError as error:
-        raise BadRequest(f"the request cannot be written as JSON: {error}") from error
 
 
 def _path(connection: Connection) -> str:

@@ -27,10 +27,18 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import orjson
 from typing_extensions import override
 
 from client_sdk.events import StopMatcher
-from mesh.errors import BackendFailed, ContextExceeded, MalformedMessage, QMeshError, StreamInterrupted
+from mesh.errors import (
+    BackendFailed,
+    BadRequest,
+    ContextExceeded,
+    MalformedMessage,
+    QMeshError,
+    StreamInterrupted,
+)
 
 
 class Way(StrEnum):
@@ -118,6 +126,13 @@ class Journal:
             self._to_drop = self._delivered_raw()
             return self._first()
         return self._continuation()
+
+    def next_body(self) -> bytes:
+        """As `next_request`, as JSON. Raises BadRequest for values that JSON cannot hold."""
+        try:
+            return orjson.dumps(self.next_request())
+        except TypeError as error:
+            raise BadRequest(f"the request cannot be written as JSON: {error}") from error
 
     def accept(self, event: Mapping[str, Any]) -> Delta | None:
         """Take in one event of the current worker; the piece to deliver, if any.

@@ -120,6 +120,10 @@ class Scoreboard:
         if speed is not None:
             score.generation_speed.add(speed, now)
 
+    def late(self, worker: bytes, now: float, waited: float) -> None:
+        """Another worker spoke first: this one would have taken at least `waited` seconds."""
+        self[worker].first_token.add(waited, now)
+
     def failed(self, worker: bytes, now: float) -> None:
         """The worker failed: it is banned for 15 s, doubling with each failure in a row."""
         score = self[worker]

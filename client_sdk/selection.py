@@ -73,10 +73,12 @@ def expected(record: WorkerRecord, board: Scoreboard, need: Need, now: float) ->
     generation = score.generation_speed.blend(record.generation_speed, now) or DEFAULT_GENERATION_SPEED
     prompt = score.prompt_speed.blend(record.prompt_speed, now) or DEFAULT_PROMPT_SPEED
     service = need.prompt_tokens / prompt + need.answer_tokens / generation
+    # A worker that was slow to speak is so for reasons that its speeds do not tell.
+    slow = max(0.0, score.first_token.blend(0.0, now) - need.prompt_tokens / prompt)
     requests = score.foreign_load(now) + score.in_flight
     # A request that finds every slot busy waits for (waiting + 1) of them to become free, one each service/slots.
     wait = max(0.0, requests - slots + 1) * service / slots
-    cost = score.rtt.blend(DEFAULT_RTT, now) + wait + service
+    cost = score.rtt.blend(DEFAULT_RTT, now) + slow + wait + service
     # Busy neighbours slow a slot down even where it does not wait.
     cost *= 1 + 0.25 * min(requests, slots) / slots
     return Candidate(record, cost * (2 - record.health / 100), requests / slots)

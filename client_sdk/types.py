@@ -64,9 +64,16 @@ class Explanation:
     """Every worker weighed for the last choice: id, expected seconds, load."""
     attempts: list[Attempt] = field(default_factory=list)
     splices: int = 0
+    hedged: int = 0
+    """How often a second worker was asked and was the first to speak."""
     queue: float | None = None
     first_token: float | None = None
     speed: float | None = None
+
+    def adopt(self, other: Explanation) -> None:
+        """Take over how `other` chose and reached its worker."""
+        self.worker, self.path, self.rtt = other.worker, other.path, other.rtt
+        self.reason, self.candidates = other.reason, other.candidates
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,245 @@
+"""An endpoint's own bytes, over as many workers as it takes. Pure.
+
+The first worker's bytes are handed on unchanged, event by event. When a worker is lost in mid-stream
+the next one is made to say what is missing, and its events are fitted on:
+
+replay   The same request again; sampling is made repeatable by a seed, which is added where the caller
+         gave none. What was delivered already is compared (texts, not times or ids) and dropped.
+prefill  A chat of which only plain text was delivered goes on from that text as an unfinished message,
+         which costs one reading of the prompt instead of writing everything again.
+
+Ids and times of the first worker are kept in the events of the later ones, so that the caller sees one
+answer. Bodies that are no event streams are held until they are whole: they can always be asked again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from random import Random
+from typing import Any
+
+import orjson
+
+from client_sdk.events import MAX_EVENT
+from client_sdk.failover import ReplayDiverged, Way
+from mesh.errors import BackendFailed, MalformedMessage, StreamInterrupted
+
+MAX_JOURNAL = 8 << 20
+"""Bytes of an answer kept for continuing it; a longer one can no longer be continued."""
+MAX_WHOLE = 64 << 20
+_SEEDED = frozenset(
+    {"/v1/chat/completions", "/v1/completions", "/completion", "/infill", "/v1/messages", "/v1/responses"}
+)
+_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
+_ID = re.compile(r"(chatcmpl|cmpl|resp|msg|call|item|fc|rs|toolu)[-_][A-Za-z0-9_-]{8,}")
+_VOLATILE = frozenset(
+    {"created", "created_at", "completed_at", "timings", "logprobs", "usage", "tokens_per_second"}
+)
+
+
+class Passthrough:
+    """One raw answer. `path` and `body` are the caller's request."""
+
+    def __init__(self, path: str, body: Mapping[str, Any], rng: Random) -> None:
+        self.path = path
+        self.body = dict(body)
+        self.streaming = self.body.get("stream") is True
+        self._own_seed = self.body.get("seed") in (None, -1)
+        if self.streaming and path in _SEEDED and self._own_seed:
+            self.body["seed"] = rng.getrandbits(31)
+        self.way = Way.START
+        self.digest: bytes | None = None
+        self.complete = False
+        self._delivered: list[bytes] = []
+        self._size = 0
+        self._rest = bytearray()
+        self._replayed = 0
+        self._renamed: dict[bytes, bytes] = {}
+        self._no_replay = False
+        self._text: str | None = "" if path == "/v1/chat/completions" else None
+        """The plain text of a chat so far; None once something else was delivered."""
+        self._tokens = 0
+        self._first: dict[str, Any] = {}
+
+    @property
+    def started(self) -> bool:
+        """Whether anything was delivered."""
+        return bool(self._delivered)
+
+    def next_body(self) -> bytes:
+        """The body for the next worker. Raises StreamInterrupted where no way is left."""
+        self._rest.clear()
+        self._replayed = 0
+        if not self.started:
+            self.way = Way.START
+            return orjson.dumps(self.body)
+        if self._size > MAX_JOURNAL:
+            raise self.lost(f"it is longer than the {MAX_JOURNAL} bytes that are kept for that")
+        if self._text and (self._own_seed or self._no_replay):
+            self.way = Way.PREFILL
+            return orjson.dumps(self._prefilled(self._text))
+        if self._no_replay or self.path not in _SEEDED:
+            raise self.lost("this kind of answer cannot be repeated exactly")
+        self.way = Way.REPLAY
+        return orjson.dumps(self.body)
+
+    def feed(self, data: bytes) -> bytes:
+        """Take in bytes of the current worker; the bytes to deliver now.
+
+        Raises ReplayDiverged, MalformedMessage for an endless event, BackendFailed for an error that
+        the server sent in mid-stream.
+        """
+        self._rest += data
+        if not self.streaming:
+            if len(self._rest) > MAX_WHOLE:
+                raise MalformedMessage(f"the answer is larger than {MAX_WHOLE} bytes")
+            return b""
+        end = self._rest.rfind(b"\n\n") + 2
+        if end < 2:
+            if len(self._rest) > MAX_EVENT:
+                raise MalformedMessage(f"an event of the answer is larger than {MAX_EVENT} bytes")
+            return b""
+        whole = bytes(self._rest[:end])
+        del self._rest[:end]
+        if self.way is Way.START:
+            self._keep(whole)
+            return whole
+        return b"".join(self._fitted(event) for event in whole.split(b"\n\n")[:-1])
+
+    def finish(self) -> bytes:
+        """The worker ended its answer in order: what was held. Marks the answer complete.
+
+        Raises BackendFailed where a stream ended in the middle of an event.
+        """
+        if self.streaming:
+            if self._rest.strip():
+                raise BackendFailed("the answer ended in the middle of an event")
+            if self._replayed < len(self._delivered) and self.way is Way.REPLAY:
+                raise ReplayDiverged("the replayed answer is shorter than what was delivered")
+            self.complete = True
+            return b""
+        self.complete = True
+        return bytes(self._rest)
+
+    def diverged(self) -> None:
+        """Replaying gave another text: never try it again for this answer."""
+        self._no_replay = True
+
+    def lost(self, reason: str) -> StreamInterrupted:
+        """The error for an answer that nobody can continue."""
+        return StreamInterrupted(
+            f"the answer broke off and cannot be continued: {reason}",
+            text=self._text or "",
+            tokens=self._tokens,
+        )
+
+    def _keep(self, whole: bytes) -> None:
+        """Remember what is delivered. Raises BackendFailed for the server's own error event instead."""
+        payloads = list(_payloads(whole))
+        for payload in payloads:
+            if b'"error"' in payload and _json(payload).get("error"):
+                raise BackendFailed("the model server failed in mid-answer")
+        self._size += len(whole)
+        self._delivered += payloads
+        if self._text is not None:
+            for payload in payloads:
+                self._follow(payload)
+
+    def _follow(self, payload: bytes) -> None:
+        """Follow the text of a chat, as long as it is nothing but text."""
+        if self._text is None or payload == b"[DONE]":
+            return
+        event = _json(payload)
+        if not self._first:
+            self._first = {key: event[key] for key in ("id", "created") if key in event}
+        for choice in event.get("choices") or []:
+            delta = choice.get("delta") or {}
+            other = any(value for key, value in delta.items() if key not in ("role", "content"))
+            if other or choice.get("index", 0) != 0 or choice.get("finish_reason") or choice.get("logprobs"):
+                self._text = None
+                return
+            if delta.get("content"):
+                self._text += delta["content"]
+                self._tokens += 1
+
+    def _fitted(self, event: bytes) -> bytes:
+        """An event of a later worker as the caller is to see it; empty where it was delivered before."""
+        payload = next(_payloads(event + b"\n\n"), None)
+        if payload is None:
+            return event + b"\n\n"  # a comment
+        if self.way is Way.PREFILL:
+            return self._fit_prefilled(payload)
+        if self._replayed < len(self._delivered):
+            self._compare(payload)
+            return b""
+        for new, old in self._renamed.items():
+            event = event.replace(new, old)
+        whole = event + b"\n\n"
+        self._keep(whole)
+        self._replayed += 1
+        return whole
+
+    def _compare(self, payload: bytes) -> None:
+        """A replayed event against the one that was delivered in its place; learns which id is which."""
+        before = self._delivered[self._replayed]
+        self._replayed += 1
+        if payload == before:
+            return
+        old, new = _json(before), _json(payload)
+        if not self._alike(old, new):
+            raise ReplayDiverged("the replayed answer differs from what was delivered")
+
+    def _alike(self, old: Any, new: Any, key: str = "") -> bool:
+        if key in _VOLATILE:
+            if isinstance(old, int) and isinstance(new, int) and old != new:
+                self._renamed[b'"%s":%d' % (key.encode(), new)] = b'"%s":%d' % (key.encode(), old)
+            return True
+        if isinstance(old, dict) and isinstance(new, dict):
+            return old.keys() == new.keys() and all(self._alike(old[name], new[name], name) for name in old)
+        if isinstance(old, list) and isinstance(new, list):
+            return len(old) == len(new) and all(map(self._alike, old, new))
+        if isinstance(old, str) and isinstance(new, str) and old != new:
+            if _ID.fullmatch(old) and _ID.fullmatch(new):
+                self._renamed[new.encode()] = old.encode()
+                return True
+            return False
+        return bool(old == new) or (isinstance(old, int | float) and isinstance(new, int | float))
+
+    def _prefilled(self, text: str) -> dict[str, Any]:
+        body = dict(self.body)
+        body["messages"] = [*self.body.get("messages", ()), {"role": "assistant", "content": text}]
+        body["add_generation_prompt"] = False
+        body["continue_final_message"] = True
+        for key in _LIMITS:
+            if isinstance(body.get(key), int) and body[key] > 0:
+                body[key] = max(1, body[key] - self._tokens)
+        return body
+
+    def _fit_prefilled(self, payload: bytes) -> bytes:
+        if payload == b"[DONE]":
+            whole = b"data: [DONE]\n\n"
+        else:
+            event = {**_json(payload), **self._first}
+            choices = event.get("choices") or []
+            if choices and set(choices[0].get("delta") or ()) >= {"role"}:
+                return b""  # the opening of a message that is open already
+            whole = b"data: " + orjson.dumps(event) + b"\n\n"
+        self._keep(whole)
+        return whole
+
+
+def _payloads(events: bytes) -> Iterator[bytes]:
+    """The `data:` of each event."""
+    for event in events.split(b"\n\n"):
+        for line in event.split(b"\n"):
+            if line.startswith(b"data:"):
+                yield line[5:].strip()
+
+
+def _json(payload: bytes) -> dict[str, Any]:
+    try:
+        value = orjson.loads(payload)
+    except orjson.JSONDecodeError:
+        return {}
+    return value if isinstance(value, dict) else {}
