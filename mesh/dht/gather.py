@@ -33,41 +33,47 @@ class Gathering(Generic[T]):
         self._want = want
         self._salt = salt
         self._skip = 0
-        self._seen: set[bytes] = set()
+        self._seen: dict[bytes, bool] = {}
         self._newest: dict[bytes, tuple[int, T]] = {}
         self._counts: list[int] = []
 
     def arguments(self) -> list[Any]:
-        """``[salt, skip]``: each request asks for another page of the same shuffled order."""
-        skip = self._skip
+        """``[salt, skip]``: each holder on the way is asked for another page of the same order."""
         self._skip += RECORDS_PER_REPLY
+        return self.page(self._skip)
+
+    def page(self, skip: int) -> list[Any]:
+        """``[salt, skip]``"""
         return [self._salt, skip]
 
-    def take(self, reply: Reply) -> bool:
-        """Take the records of a find_value reply in; whether there are as many as wanted now."""
+    def take(self, reply: Reply) -> int:
+        """Take the records of a find_value reply in; how many of them are valid."""
         match reply:
             case [_, _, _, int(count), list(blobs), *_] if count >= 0:
-                self.hold(blobs, count)
-        return self.enough
+                return self.hold(blobs, count)
+        return 0
 
-    def hold(self, blobs: Iterable[object], count: int) -> None:
-        """Take in what one holder has: some of its `count` records."""
+    def hold(self, blobs: Iterable[object], count: int) -> int:
+        """Take in what one holder has, some of its `count` records; how many of them are valid."""
         self._counts.append(count)
-        for blob in blobs:
-            self.add(blob)
+        return sum(map(self.add, blobs))
 
-    def add(self, blob: object) -> None:
-        """Take one record in; what is not valid is left out."""
-        if not isinstance(blob, bytes) or blob in self._seen:
-            return
-        self._seen.add(blob)
+    def add(self, blob: object) -> bool:
+        """Take one record in; whether it is valid."""
+        if not isinstance(blob, bytes):
+            return False
+        if blob in self._seen:
+            return self._seen[blob]
+        self._seen[blob] = False
         try:
             node_id, seq, value = self._open(blob)
         except ProtocolError:
-            return
+            return False
+        self._seen[blob] = True
         known = self._newest.get(node_id)
         if known is None or known[0] < seq:
             self._newest[node_id] = (seq, value)
+        return True
 
     @property
     def count(self) -> int:
@@ -82,8 +88,12 @@ class Gathering(Generic[T]):
 
     @property
     def complete(self) -> bool:
-        """Whether there are as many as wanted, or as there seem to be."""
-        return self.enough or len(self._newest) >= self.count
+        """Whether there are as many as wanted, or as any holder says there are."""
+        return self.enough or len(self._newest) >= max(self._counts, default=0)
+
+    def __len__(self) -> int:
+        """Workers known so far, useful or not."""
+        return len(self._newest)
 
     def values(self) -> list[T]:
         """The useful values."""

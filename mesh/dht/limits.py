@@ -20,6 +20,8 @@ CRAWL_DEADLINE: Final = 5.0
 LOOKUP_DEADLINE: Final = 6.0
 MAX_PAGES: Final = 16
 """Rounds of requests for further records of one key."""
+MAX_BARREN_PAGES: Final = 6
+"""In a row that bring nothing new."""
 STORE_TIMEOUT: Final = 1.0
 COUNTS_ASKED: Final = 3
 MAX_SHARDS_TRIED: Final = 6
@@ -60,6 +62,7 @@ MAX_REMEMBERED_CONTACTS: Final = 200
 RESCUES_AT_ONCE: Final = 16
 FIRST_BACKOFF: Final = 0.5
 MAX_BACKOFF: Final = 20.0
+LEAST_PAUSE: Final = 0.05
 SEED_INTERVAL: Final = 20.0
 CHECK_INTERVAL: Final = 15.0
 CHECKS_AT_ONCE: Final = 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from mesh.dht.gather import Gathering
 from mesh.dht.protocol import MeshProtocol
 from mesh.dht.rpc import Reply
 from mesh.dht.shards import SPLIT_AT, flagged_depth
+from mesh.limits import MAX_RECORDS_PER_KEY
 from mesh.network import Network
 from mesh.records import (
     Listing,
@@ -162,26 +164,38 @@ class Lookups:
         if gathering.enough:
             return
         answers = await self._crawl(key, gathering, until - self._clock())
-        holders = [answer for answer in answers if answer.reply[3:4] != [0]]
+        await self._page(key, gathering, answers, until)
+
+    async def _page(self, key: bytes, gathering: Gathering[T], answers: list[Answer], until: float) -> None:
+        """Read on at the holders that have the most, where more is wanted than came on the way."""
+        readings = sorted(filter(None, map(_Reading.of, answers)), key=lambda reading: -reading.count)
+        for number, reading in enumerate(readings[: limits.PARALLEL]):
+            # They hold much the same in the same order: each starts elsewhere.
+            reading.skip = number * reading.count // limits.PARALLEL
+        barren = 0
         for _ in range(limits.MAX_PAGES):
-            if gathering.complete or not holders or self._clock() >= until:
+            batch = readings[: limits.PARALLEL]
+            if gathering.complete or not batch or barren == limits.MAX_BARREN_PAGES or self._clock() >= until:
                 return
-            batch, holders = holders[: limits.PARALLEL], holders[limits.PARALLEL :]
             replies = await asyncio.gather(
                 *(
                     self._protocol.call(
-                        holder.address,
+                        reading.holder.address,
                         "find_value",
-                        [key, *gathering.arguments()],
-                        contact_id=holder.contact_id,
+                        [key, *gathering.page(reading.skip)],
+                        contact_id=reading.holder.contact_id,
                     )
-                    for holder in batch
+                    for reading in batch
                 )
             )
-            for holder, reply in zip(batch, replies, strict=True):
-                if reply is not None:
-                    gathering.take(reply)
-                    holders.append(holder)
+            before = len(gathering)
+            for reading, reply in zip(batch, replies, strict=True):
+                valid = 0 if reply is None else gathering.take(reply)
+                reading.skip += valid
+                reading.left -= valid
+                if not valid or reading.left <= 0:
+                    readings.remove(reading)
+            barren = 0 if len(gathering) > before else barren + 1
 
     async def _crawl(self, key: bytes, gathering: Gathering[T], deadline: float) -> list[Answer]:
         return await Crawl(
@@ -190,7 +204,7 @@ class Lookups:
             self._start(key),
             method="find_value",
             arguments=gathering.arguments,
-            on_answer=lambda answer: gathering.take(answer.reply),
+            on_answer=lambda answer: bool(gathering.take(answer.reply)) and gathering.enough,
         ).run(deadline)
 
     def _start(self, key: bytes) -> list[Neighbour]:
@@ -202,6 +216,24 @@ class Lookups:
             self._depth_hints[model] = depth
             if len(self._depth_hints) > limits.MAX_DEPTH_HINTS:
                 del self._depth_hints[next(iter(self._depth_hints))]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """How far a holder's records are read."""
+
+    holder: Answer
+    count: int
+    left: int
+    skip: int = 0
+
+    @classmethod
+    def of(cls, answer: Answer) -> _Reading | None:
+        match answer.reply:
+            case [_, _, _, int(count), *_] if count > 0:
+                count = min(count, MAX_RECORDS_PER_KEY)
+                return cls(answer, count, count)
+        return None
 
 
 def _population(estimates: list[int]) -> int:

@@ -84,21 +84,27 @@ class Membership:
 
     async def run(self) -> None:
         """Until cancelled: join, rejoin, check contacts, forget what expired."""
-        while True:
-            self._wake.clear()
-            await self._try_seeds()
-            await self._rescue()
+        try:
+            while True:
+                self._wake.clear()
+                await self._tend()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(limits.LEAST_PAUSE, self._next_event() - self._clock())):
+                        await self._wake.wait()
+        finally:
+            # Nobody waits for an attempt that will not be made.
             self._attempted.set()
-            await self._check()
-            now = self._clock()
-            if now >= self._next_explore:
-                await self._explore()
-            if now >= self._next_save:
-                self.save()
-                self._next_save = now + limits.SAVE_INTERVAL
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(max(0.05, self._next_event() - self._clock())):
-                    await self._wake.wait()
+
+    async def _tend(self) -> None:
+        await self._try_seeds()
+        await self._rescue()
+        self._attempted.set()
+        await self._check()
+        if self._clock() >= self._next_explore:
+            await self._explore()
+        if self._clock() >= self._next_save:
+            self.save()
+            self._next_save = self._clock() + limits.SAVE_INTERVAL
 
     def _next_event(self) -> float:
         times = [self._next_check, self._next_explore, *(seed.next_try for seed in self._seeds.values())]

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import msgpack
 import pytest
 
 from mesh.dht import Dht
+from mesh.dht.datagrams import Codec
+from mesh.dht.store import Outcome
 from mesh.errors import ConfigurationError, DeadlineExceeded
 from mesh.identity import Identity
 from mesh.network import Network
-from mesh.records import WorkerRecord
+from mesh.records import WorkerRecord, model_key, sign_record
+from tests.support import seconds
 
 OPEN = Network()
 
@@ -59,8 +68,8 @@ async def mesh(count: int, network: Network = OPEN) -> AsyncIterator[list[tuple[
         yield nodes
 
 
-async def until(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
+async def until(condition: Callable[[], bool], patience: float = 10.0) -> None:
+    async with asyncio.timeout(seconds(patience)):
         while not condition():  # noqa: ASYNC110  # the table has no event of its own
             await asyncio.sleep(0.02)
 
@@ -134,3 +143,233 @@ async def test_two_meshes_never_mix() -> None:
             assert await other.lookup("demo") == []
             assert third.peers == other.peers == []
             assert nodes[0][0].address in third.unreached
+
+
+class Stranger:
+    """A raw socket that speaks the DHT's format and counts bytes."""
+
+    def __init__(self, network: Network = OPEN) -> None:
+        self.codec = Codec(network)
+        self.sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self.sock.bind(("127.0.0.1", 0))
+        self.sock.setblocking(False)
+        self.id = Identity().id
+
+    async def ask(
+        self, to: tuple[str, int], method: str, *arguments: Any, token: bytes = b"", pad: int = 0
+    ) -> Any:
+        """(reply or None, bytes sent, bytes received within 0.15 s)."""
+        payload = [self.id, token, *arguments]
+        if pad:
+            payload.append(bytes(pad))
+        data = self.codec.encode(0, os.urandom(20), [method, payload])
+        self.sock.sendto(data, to)
+        received = []
+        await asyncio.sleep(0.15)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                received.append(self.sock.recv(65536))
+        replies = [self.codec.decode(item)[2] for item in received if item[0] == 1]
+        return (replies[0] if replies else None), len(data), sum(map(len, received))
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+
+async def test_a_stranger_gets_at_most_three_times_what_it_sent() -> None:
+    async with mesh(8) as nodes:
+        await until(lambda: all(len(dht.peers) == 7 for dht, _ in nodes))
+        for dht, identity in nodes:
+            await dht.announce(make_record(identity))
+        target = nodes[0][0].address
+        key = model_key(OPEN, "demo")
+        requests: list[tuple[str, tuple[Any, ...], int]] = [
+            ("ping", (b"n" * 16,), 0),
+            ("find_node", (key,), 0),
+            ("find_value", (key, b"", 0), 0),
+            ("find_value", (key, b"", 0), 120),
+            ("find_value", (key, b"", 0), 350),
+            ("find_value", (key, b"", 0), 1000),
+            ("store", (key, b"x" * 300), 0),
+            ("no such method", (), 0),
+        ]
+        for method, arguments, pad in requests:
+            with Stranger() as stranger:
+                _, sent, received = await stranger.ask(target, method, *arguments, pad=pad)
+                assert received <= min(3 * sent, 1200), (method, pad)
+        with Stranger() as stranger:
+            reply, _, _ = await stranger.ask(target, "find_value", key, b"", 0, pad=350)
+            assert reply[3] == 8
+            assert len(reply[4]) >= 2
+            reply, sent, received = await stranger.ask(target, "find_value", key, b"", 0, token=reply[1])
+            assert len(reply[4]) >= 2, "with a token a small request gets a whole reply"
+            assert 3 * sent < received <= 1200 + 200, "the reply, and a ping to see who asks"
+
+
+async def test_stores_are_taken_only_with_a_token_and_when_valid() -> None:
+    async with mesh(1) as [(dht, _)]:
+        identity = Identity()
+        key = model_key(OPEN, "demo")
+
+        def blob(**changes: Any) -> bytes:
+            return sign_record(replace(make_record(identity), **changes), identity, OPEN, key)
+
+        now = int(time.time())
+        with Stranger() as stranger:
+            good = blob(seq=5)
+            reply, _, _ = await stranger.ask(dht.address, "store", key, good)
+            assert reply[2:] == [Outcome.BAD_TOKEN, 0]
+            token = reply[1]
+            for bad in (
+                good[:-1] + b"\x00",
+                blob(expires=now - 1),
+                blob(expires=now + 1000),
+                sign_record(make_record(identity), identity, OPEN, model_key(OPEN, "other")),
+            ):
+                reply, _, _ = await stranger.ask(dht.address, "store", key, bad, token=token)
+                assert reply[2:] == [Outcome.REFUSED, 0]
+            assert await dht.lookup("demo") == []
+            reply, _, _ = await stranger.ask(dht.address, "store", key, good, token=token)
+            assert reply[2:] == [Outcome.STORED, 1]
+            reply, _, _ = await stranger.ask(dht.address, "store", key, blob(seq=4), token=token)
+            assert reply[2:] == [Outcome.REFUSED, 1]
+            [found] = await dht.lookup("demo")
+            assert found.record.seq == 5
+            oversize, _, _ = await stranger.ask(dht.address, "store", key, bytes(1300), token=token)
+            assert oversize is None
+
+
+async def test_hostile_answers_neither_raise_nor_hang() -> None:
+    answers = [
+        5,
+        {},
+        [],
+        [1],
+        "x",
+        None,
+        [b"i" * 32],
+        [b"i" * 32, b"", 7, 7, 7],
+        [b"i" * 32, b"", b"\xff" * 30],
+    ]
+    loop = asyncio.get_running_loop()
+
+    async def lie(stranger: Stranger, answer: object) -> None:
+        data, address = await loop.sock_recvfrom(stranger.sock, 65536)
+        body = b"\x01" + data[1:21] + msgpack.packb(answer)
+        stranger.sock.sendto(body + stranger.codec._tag(body), address)
+
+    async with mesh(1) as [(dht, _)]:
+        with contextlib.ExitStack() as stack:
+            strangers = [stack.enter_context(Stranger()) for _ in answers]
+            dht.join([stranger.sock.getsockname() for stranger in strangers])
+            lies = [lie(stranger, answer) for stranger, answer in zip(strangers, answers, strict=True)]
+            found, *_ = await asyncio.wait_for(asyncio.gather(dht.lookup("demo"), *lies), seconds(5))
+            assert found == []
+            assert dht.peers == []
+
+
+async def test_a_lookup_beside_dead_contacts_is_bounded() -> None:
+    async with mesh(10) as nodes:
+        await until(lambda: all(len(dht.peers) == 9 for dht, _ in nodes))
+        await nodes[0][0].announce(make_record(nodes[0][1]))
+        for dht, _ in nodes[1:4]:
+            await dht.stop()
+        began = time.monotonic()
+        assert len(await nodes[9][0].lookup("demo")) == 1
+        assert time.monotonic() - began < seconds(1.5)
+
+
+async def test_a_withdrawn_worker_is_gone_at_once() -> None:
+    async with mesh(6) as nodes:
+        await until(lambda: all(len(dht.peers) == 5 for dht, _ in nodes))
+        dht, identity = nodes[1]
+        record = make_record(identity)
+        await dht.announce(record)
+        assert await nodes[4][0].models() == {"demo": 1}
+        began = time.monotonic()
+        await dht.withdraw(record)
+        assert time.monotonic() - began < seconds(2)
+        assert [await other.lookup("demo") for other, _ in nodes] == [[]] * 6
+        assert await nodes[4][0].models() == {}
+
+
+async def test_many_workers_of_one_model_are_all_found() -> None:
+    async with mesh(4) as nodes:
+        await until(lambda: all(len(dht.peers) == 3 for dht, _ in nodes))
+        workers = [(Dht(identity := Identity(), OPEN), identity) for _ in range(30)]
+        async with AsyncExitStack() as stack:
+            for worker, identity in workers:
+                await stack.enter_async_context(running(worker, nodes[0][0]))
+                await worker.announce(make_record(identity))
+            client = await stack.enter_async_context(running(Dht(None, OPEN, client=True), nodes[1][0]))
+            found = await client.lookup("demo", 100)
+            assert {item.record.node_id for item in found} == {identity.id for _, identity in workers}
+            assert 16 <= len(await client.lookup("demo")) <= 30
+
+
+async def test_lookups_before_and_after_the_mesh_is_reached() -> None:
+    async with mesh(2) as nodes:
+        await nodes[0][0].announce(make_record(nodes[0][1]))
+        async with running(Dht(None, OPEN, client=True), nodes[1][0]) as client:
+            assert len(await client.lookup("demo")) == 1, "the first lookup waits for the first contact"
+
+
+async def test_an_unreachable_seed_is_named_and_tried_for_ever() -> None:
+    async with mesh(1) as [(dht, _)]:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        sock.bind(("127.0.0.1", 0))
+        late = sock.getsockname()
+        sock.close()
+        dht.join([late, ("no-such-host.invalid", 9470)])
+        assert await dht.lookup("demo") == []
+        assert "no answer" in dht.unreached[late]
+        await until(lambda: "resolved" in dht.unreached["no-such-host.invalid", 9470])
+        other = Dht(Identity(), OPEN)
+        await other.start(*late)
+        try:
+            await until(lambda: len(dht.peers) == 1, 15)
+            assert late not in dht.unreached
+        finally:
+            await other.stop()
+
+
+async def test_ipv6_and_ipv4_meet_on_a_dual_stack_socket() -> None:
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+    sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    sock.bind(("::", 0))
+    port = sock.getsockname()[1]
+    dual = Dht(Identity(), OPEN)
+    await dual.start("::", port, sock=sock)
+    try:
+        async with running(Dht(Identity(), OPEN)) as four, running(Dht(Identity(), OPEN), host="::1") as six:
+            four.join([("127.0.0.1", port)])
+            six.join([("::1", port)])
+            await until(lambda: {peer.host for peer in dual.peers} == {"127.0.0.1", "::1"})
+            assert four.seen_address == four.address
+            assert [peer.host for peer in six.peers] == ["::1"]
+    finally:
+        await dual.stop()
+
+
+async def test_stopping_in_the_middle_of_everything_leaves_nothing() -> None:
+    async with mesh(3) as nodes:
+        dht = Dht(Identity(), OPEN)
+        await dht.start("127.0.0.1", 0)
+        dht.join([nodes[0][0].address, ("127.0.0.1", 1)])
+        looking = asyncio.create_task(dht.lookup("demo"))
+        announcing = asyncio.create_task(nodes[1][0].announce(make_record(nodes[1][1])))
+        await asyncio.sleep(0)
+        announcing.cancel()
+        await dht.stop()
+        assert await asyncio.wait_for(looking, seconds(8)) == []
+        await asyncio.wait([announcing])
+    assert [task for task in asyncio.all_tasks() if task is not asyncio.current_task()] == []
+
+
+async def test_a_busy_port_is_an_oserror() -> None:
+    async with mesh(1) as [(dht, _)]:
+        with pytest.raises(OSError, match="in use"):
+            await Dht(Identity(), OPEN).start(*dht.address)

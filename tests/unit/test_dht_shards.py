@@ -69,21 +69,23 @@ def make_gathering(want: int = 3) -> Gathering[int]:
 
 def test_the_newest_record_of_each_worker_is_gathered() -> None:
     gathering = make_gathering()
-    assert not gathering.take([b"id", b"token", b"", 2, [b"a\x01", b"a\x03", b"a\x02", b"bad", 7, None]])
+    assert gathering.take([b"id", b"token", b"", 2, [b"a\x01", b"a\x03", b"a\x02", b"bad", 7, None]]) == 3
+    assert not gathering.enough
     assert gathering.values() == [3]
     assert gathering.count == 2
     assert not gathering.complete
     gathering.take([b"id", b"token", b"", 2, [b"b\x00"]])
     assert gathering.values() == [3], "not useful"
     assert gathering.complete
-    assert gathering.take([b"id", b"token", b"", 9, [b"c\x01", b"d\x01"]])
+    gathering.take([b"id", b"token", b"", 9, [b"c\x01", b"d\x01"]])
+    assert gathering.enough
 
 
 def test_answers_of_other_shapes_are_left_out() -> None:
     gathering = make_gathering()
     shapes: list[list[object]] = [[], [b"id", b"token"], [1, 2, 3, "4", 5], [b"", b"", b"", -1, [b"a\x01"]]]
     for reply in shapes:
-        assert not gathering.take(reply)
+        assert gathering.take(reply) == 0
     assert gathering.values() == []
 
 
