@@ -11,7 +11,6 @@ mistake, but only a new secret keeps out somebody who wrote it down. Pure.
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import re
 from dataclasses import dataclass
@@ -89,7 +88,7 @@ def _payload(text: str) -> bytes:
         raise MalformedMessage("it is too long")
     try:
         data = base64.b32decode(text.upper() + "=" * (-len(text) % 8))
-    except binascii.Error as error:
+    except ValueError as error:
         raise MalformedMessage("it holds characters that no token has, or some are missing") from error
     payload, checksum = data[:-_CHECKSUM], data[-_CHECKSUM:]
     # Comparing the text too catches a change in the last character's unused bits.
