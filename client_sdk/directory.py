@@ -42,7 +42,7 @@ class Directory:
         self._cache: dict[str, tuple[float, list[WorkerRecord]]] = {}
         self._known: dict[NodeId, EntryNode] = {}
         """Workers seen in answers: other ways in when the entry nodes are gone."""
-        self._asking: dict[str, asyncio.Task[list[WorkerRecord]]] = {}
+        self._models: tuple[float, dict[str, int]] = (0.0, {})
         self._tasks = TaskOwner()
 
     async def workers(self, model: str, *, fresh: bool = False) -> list[WorkerRecord]:
@@ -54,63 +54,53 @@ class Directory:
         now = time.monotonic()
         if cached is not None and not fresh and now - cached[0] < FRESH:
             return [record for record in cached[1] if record.expires > time.time()]
-        task = self._asking.get(model)
-        if task is None:
-            task = self._tasks.spawn(self._find(model), name=f"find {model}", awaited=True)
-            self._asking[model] = task
-        return await asyncio.shield(task)
+        return await self._tasks.shared(model, lambda: self._find(model))
 
     async def models(self) -> dict[str, int]:
-        """Every model on the mesh with the number of its workers."""
+        """Every model on the mesh with the number of its workers. Raises ConnectFailed."""
         trailer = await self._ask("models", {})
         models = trailer.get("models")
         if not isinstance(models, Mapping):
             raise ProtocolError("the node's answer about models has the wrong form")
-        return {str(name): int(count) for name, count in models.items()}
+        self._models = (time.monotonic(), {str(name): int(count) for name, count in models.items()})
+        return self._models[1]
 
     async def default_model(self) -> str:
         """The model that most workers have. Raises NoWorkers where the mesh has none."""
-        models = await self.models()
+        at, models = self._models
+        if not models or time.monotonic() - at > FRESH:
+            models = await self._tasks.shared(None, self.models)
         if not models:
             raise NoWorkers("the mesh has no worker yet; start one with `qmesh-node run`")
         return max(sorted(models), key=lambda name: models[name])
-
-    def forget(self, model: str) -> None:
-        """The cached workers turned out to be useless: ask again next time."""
-        self._cache.pop(model, None)
 
     async def close(self) -> None:
         """Stop what is being asked."""
         await self._tasks.close()
 
     async def _find(self, model: str) -> list[WorkerRecord]:
-        try:
-            trailer = await self._ask("find", {"model": model, "want": WANT})
-            newest: dict[NodeId, WorkerRecord] = {}
-            for item in trailer.get("records") or []:
-                try:
-                    key, blob = item
-                    record = open_record(blob, self._pool.network, key, time.time())
-                except (QMeshError, TypeError, ValueError):
-                    continue  # A liar's record is worth as much as none.
-                if record.model != model or record.health <= 0:
-                    continue
-                known = newest.get(record.node_id)
-                if known is None or known.seq < record.seq:
-                    newest[record.node_id] = record
-            records = list(newest.values())
-            if records:
-                self._cache[model] = (time.monotonic(), records)
-            else:
-                self._cache.pop(model, None)
-            for record in records:
-                if len(self._known) < MAX_KNOWN and record.addresses:
-                    self._known[record.node_id] = EntryNode(
-                        parse_address(record.addresses[0]), record.node_id
-                    )
-            return records
-        finally:
-            del self._asking[model]
+        trailer = await self._ask("find", {"model": model, "want": WANT})
+        newest: dict[NodeId, WorkerRecord] = {}
+        for item in trailer.get("records") or []:
+            try:
+                key, blob = item
+                record = open_record(blob, self._pool.network, key, time.time())
+            except (QMeshError, TypeError, ValueError):
+                continue  # A liar's record is worth as much as none.
+            if record.model != model or record.health <= 0:
+                continue
+            known = newest.get(record.node_id)
+            if known is None or known.seq < record.seq:
+                newest[record.node_id] = record
+        records = list(newest.values())
+        if records:
+            self._cache[model] = (time.monotonic(), records)
+        else:
+            self._cache.pop(model, None)
+        for record in records:
+            if len(self._known) < MAX_KNOWN and record.addresses:
+                self._known[record.node_id] = EntryNode(parse_address(record.addresses[0]), record.node_id)
+        return records
 
     async def _ask(self, method: str, meta: Mapping[str, Any]) -> Mapping[str, Any]:
         """One question to the first entry node that answers."""

@@ -9,7 +9,7 @@ from mesh.errors import ConnectFailed, ConnectionClosed, ErrorCode
 from mesh.identity import Identity, NodeId
 from mesh.network import Network
 from mesh.tasks import TaskOwner
-from mesh.transport import Connection, connect, connect_any
+from mesh.transport import Connection, connect_any
 
 Address = tuple[str, int]
 
@@ -22,7 +22,6 @@ class Pool:
         self.network = network
         self.connect_timeout = connect_timeout
         self._connections: dict[NodeId, Connection] = {}
-        self._opening: dict[NodeId, asyncio.Task[Connection]] = {}
         self._tasks = TaskOwner()
         self._closed = False
 
@@ -47,32 +46,18 @@ class Pool:
             raise ConnectionClosed("the client is closed")
         if not addresses:
             raise ConnectFailed(f"the worker {peer.hex()[:12]} has no address that can be used from here")
-        task = self._opening.get(peer)
-        if task is None:
-            task = self._tasks.spawn(
-                self._open(peer, addresses), name=f"connect {peer.hex()[:12]}", awaited=True
-            )
-            self._opening[peer] = task
-        # Shielded: one caller giving up must not take the connection from the others.
-        return await asyncio.shield(task)
+        return await self._tasks.shared(peer, lambda: self._open(addresses, peer))
 
     async def enter(self, address: Address, peer: NodeId | None = None) -> Connection:
-        """A connection to whoever is at an address (an entry point), or to the given peer there."""
+        """A connection to whoever is at an address (an entry point), or to the given peer there.
+
+        Raises as `get` does.
+        """
+        if peer is not None:
+            return await self.get(peer, [address])
         if self._closed:
             raise ConnectionClosed("the client is closed")
-        connection = await connect(
-            *address,
-            identity=self.identity,
-            network=self.network,
-            peer_id=peer,
-            timeout=self.connect_timeout,
-        )
-        known = self.peek(connection.peer_id)
-        if known is not None:
-            await connection.close(ErrorCode.CANCELLED, "already connected")
-            return known
-        self._connections[connection.peer_id] = connection
-        return connection
+        return await self._tasks.shared(address, lambda: self._open([address], None))
 
     def drop(self, peer: NodeId, connection: Connection) -> None:
         """Do not give this connection to anybody again; its open streams go on."""
@@ -89,16 +74,17 @@ class Pool:
             *(connection.close(ErrorCode.CANCELLED, "client closed") for connection in connections)
         )
 
-    async def _open(self, peer: NodeId, addresses: Sequence[Address]) -> Connection:
-        try:
-            connection = await connect_any(
-                addresses,
-                identity=self.identity,
-                network=self.network,
-                peer_id=peer,
-                timeout=self.connect_timeout,
-            )
-            self._connections[peer] = connection
-            return connection
-        finally:
-            del self._opening[peer]
+    async def _open(self, addresses: Sequence[Address], peer: NodeId | None) -> Connection:
+        connection = await connect_any(
+            addresses,
+            identity=self.identity,
+            network=self.network,
+            peer_id=peer,
+            timeout=self.connect_timeout,
+        )
+        known = self.peek(connection.peer_id)
+        if known is not None:
+            await connection.close(ErrorCode.CANCELLED, "already connected")
+            return known
+        self._connections[connection.peer_id] = connection
+        return connection

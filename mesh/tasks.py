@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -24,6 +24,7 @@ class TaskOwner:
 
     def __init__(self, on_failure: Callable[[BaseException], None] | None = None) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._shared: dict[Hashable, asyncio.Task[Any]] = {}
         self._on_failure = on_failure
 
     def spawn(
@@ -52,6 +53,18 @@ class TaskOwner:
             log.error("task %s failed", task.get_name(), exc_info=error)
             if self._on_failure is not None:
                 self._on_failure(error)
+
+    async def shared(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The result of `work`, done once for all who ask for the same key while it runs.
+
+        One of them giving up takes nothing from the others.
+        """
+        task = self._shared.get(key)
+        if task is None:
+            task = self._shared[key] = self.spawn(work(), name=f"shared {key}", awaited=True)
+            task.add_done_callback(lambda _: self._shared.pop(key))
+        result: T = await asyncio.shield(task)
+        return result
 
     async def close(self) -> None:
         """Cancel every task and wait until all have ended."""
