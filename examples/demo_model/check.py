@@ -52,6 +52,16 @@ CHATS: list[list[str]] = [
     ["Write a poem about the sea."],
     ["How do I make coffee?"],
 ]
+EXPECTED = {
+    "Who are you?": "QMesh demo model",
+    "Tell me a story about a dragon.": "dragon",
+    "Tell me a story about a cat and a robot.": "robot",
+    "Why is the sky blue?": "blue light",
+    "What is QMesh?": "node",
+    "What does a cow say?": "moo",
+    "What is the capital of France?": "demo model",
+    "What is my name?": "Zora",
+}
 WORD = re.compile(r"[A-Za-z]+")
 
 
@@ -65,7 +75,7 @@ class Server:
         params.n_ctx = 2048 * slots
         params.port = 0
         params.n_gpu_layers = 0
-        params.cpuparams.n_threads = 2
+        params.cpuparams.n_threads = 1
         self._server = xllamacpp.Server(params)
         self._address = self._server.listening_address
 
@@ -121,6 +131,8 @@ def samples(server: Server, report: Report, limit: int) -> None:
                 choice = answer["choices"][0]
                 text = choice["message"]["content"]
                 messages.append({"role": "assistant", "content": text})
+                if title == "greedy" and EXPECTED.get(turn, "") not in text:
+                    report.problems.append(f"no {EXPECTED[turn]!r} in the answer to {turn!r}")
                 report.add(f"chat, {title}", turn, text, choice["finish_reason"] == "stop")
 
 

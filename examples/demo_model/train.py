@@ -12,19 +12,19 @@ import json
 import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import gguf
 import numpy as np
 import torch
-from generate import END_OF_TEXT, IM_END, IM_START, Document, documents
+import words
+from generate import END_OF_TEXT, IM_END, IM_START, documents
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional
 
-Encoded = tuple[list[int], list[bool]]
+Encoded = tuple[list[int], list[int]]
 
 SPECIAL_TOKENS = [END_OF_TEXT, IM_START, IM_END]
 CHAT_TEMPLATE = (
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 class Shape:
     """The sizes of the model."""
 
-    vocab: int = 1536
+    vocab: int = 2048
     dim: int = 192
     layers: int = 4
     heads: int = 6
@@ -112,12 +112,14 @@ class Llama(nn.Module):
             x = block(x, self.cos[:length], self.sin[:length])
         return self.output_norm(x)
 
-    def loss(self, tokens: Tensor, learn: Tensor) -> Tensor:
-        """Mean loss over the tokens that are to be learned."""
-        wanted = learn[:, 1:]
+    def loss(self, tokens: Tensor, weights: Tensor) -> Tensor:
+        """Mean loss over the tokens of a batch, each with its weight."""
+        wanted = weights[:, 1:] > 0
+        weight = weights[:, 1:][wanted]
         hidden = self(tokens[:, :-1])[wanted]
         logits = functional.linear(hidden, self.token_embd.weight).float()
-        return functional.cross_entropy(logits, tokens[:, 1:][wanted])
+        losses = functional.cross_entropy(logits, tokens[:, 1:][wanted], reduction="none")
+        return (losses * weight).sum() / weight.sum()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -145,60 +147,77 @@ def train_tokenizer(seed: int, vocab: int) -> Tokenizer:
     return tokenizer
 
 
-def encode(tokenizer: Tokenizer, batch: list[Document], rng: random.Random) -> Iterator[Encoded]:
-    """Tokens of documents, and which of them are to be learned.
-
-    A share of the learned parts is cut at a random character, as a prompt that ends in the middle
-    of a word or after a space would be.
-    """
-    pieces: list[tuple[int, str, bool, bool]] = []
-    for number, document in enumerate(batch):
-        for text, learn in document:
-            if learn and len(text) > 40 and rng.random() < 0.12:
-                cut = rng.randrange(1, min(len(text) - 1, 200))
-                pieces.append((number, text[:cut], True, True))
-                pieces.append((number, text[cut:], True, False))
-            else:
-                pieces.append((number, text, learn, False))
-    encodings = tokenizer.encode_batch([text for _, text, _, _ in pieces])
-    for _, group in itertools.groupby(zip(pieces, encodings, strict=True), key=lambda x: x[0][0]):
-        ids: list[int] = []
-        learned: list[bool] = []
-        for (_, _, learn, is_cut), encoding in group:
-            ids += encoding.ids
-            learned += [learn] * len(encoding.ids)
-            if is_cut:
-                learned[-1] = False
-        yield ids, learned
-
-
-def rows(tokenizer: Tokenizer, seed: int) -> Iterator[list[Encoded]]:
-    """Encoded documents without end, in batches."""
-    rng = random.Random(seed)
-    source = documents(seed, 1 << 40)
-    while True:
-        yield list(encode(tokenizer, list(itertools.islice(source, 512)), rng))
+def tokens_to_remember(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens of names, characters, places and things, which a story has to keep using."""
+    lists = (words.GIRLS, words.BOYS, words.KINDS, words.THINGS, words.COLOURS, words.PLACES, words.FOODS)
+    encodings = tokenizer.encode_batch([f" {word}" for group in lists for word in group])
+    return frozenset(
+        number
+        for encoding in encodings
+        for number, token in zip(encoding.ids, encoding.tokens, strict=True)
+        if len(encoding.ids) == 1 or len(token) > 4
+    )
 
 
 class Packer:
-    """Packs documents into rows of a fixed length that all begin with the start of a document."""
+    """Packs documents into rows of a fixed length that all begin with the start of a document.
+
+    A token has the code 0 if it is only read, 1 if it is learned, and 2 if it is learned and
+    repeats a name or thing that the document has mentioned before.
+    """
 
     def __init__(self, tokenizer: Tokenizer, seed: int) -> None:
-        self._documents = itertools.chain.from_iterable(rows(tokenizer, seed))
+        self._tokenizer = tokenizer
+        self._remember = tokens_to_remember(tokenizer)
+        self._rng = random.Random(seed)
+        self._source = documents(seed, 1 << 40)
+        self._encoded = itertools.chain.from_iterable(iter(self._encode_some, None))
 
     def batch(self, count: int, length: int) -> tuple[Tensor, Tensor]:
-        """``count`` rows of ``length`` + 1 tokens, and which of them are to be learned."""
+        """``count`` rows of ``length`` + 1 tokens, and their codes."""
         tokens = np.zeros((count, length + 1), dtype=np.int64)
-        learn = np.zeros((count, length + 1), dtype=bool)
+        codes = np.zeros((count, length + 1), dtype=np.int64)
         for row in range(count):
             ids: list[int] = []
-            learned: list[bool] = []
+            marks: list[int] = []
             while len(ids) <= length:
-                document = next(self._documents)
+                document = next(self._encoded)
                 ids += document[0]
-                learned += document[1]
-            tokens[row], learn[row] = ids[: length + 1], learned[: length + 1]
-        return torch.from_numpy(tokens), torch.from_numpy(learn)
+                marks += document[1]
+            tokens[row], codes[row] = ids[: length + 1], marks[: length + 1]
+        return torch.from_numpy(tokens), torch.from_numpy(codes)
+
+    def _encode_some(self) -> list[Encoded]:
+        """Encode the next documents.
+
+        A share of the learned parts is cut at a random character, as a prompt that ends in the
+        middle of a word or after a space would be.
+        """
+        pieces: list[tuple[int, str, bool, bool]] = []
+        for number, document in enumerate(itertools.islice(self._source, 512)):
+            for text, learn in document:
+                if learn and len(text) > 40 and self._rng.random() < 0.12:
+                    cut = self._rng.randrange(1, min(len(text) - 1, 200))
+                    pieces.append((number, text[:cut], True, True))
+                    pieces.append((number, text[cut:], True, False))
+                else:
+                    pieces.append((number, text, learn, False))
+        encodings = self._tokenizer.encode_batch([text for _, text, _, _ in pieces])
+        encoded: list[Encoded] = []
+        for _, group in itertools.groupby(zip(pieces, encodings, strict=True), key=lambda x: x[0][0]):
+            ids: list[int] = []
+            codes: list[int] = []
+            seen: set[int] = set()
+            for (_, _, learn, is_cut), encoding in group:
+                for number in encoding.ids:
+                    ids.append(number)
+                    codes.append((2 if number in seen else 1) if learn else 0)
+                    if number in self._remember:
+                        seen.add(number)
+                if is_cut:
+                    codes[-1] = 0
+            encoded.append((ids, codes))
+        return encoded
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -212,8 +231,8 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
-def train(model: Llama, packer: Packer, steps: int, peak: float, checkpoint: Path) -> float:
-    """Train the model and return its mean loss over the last steps."""
+def train(model: Llama, packer: Packer, steps: int, stop: int, peak: float, checkpoint: Path) -> float:
+    """Train the model for the first ``stop`` of ``steps`` and return its mean loss over the last ones."""
     matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and "embd" not in n]
     others = [p for n, p in model.named_parameters() if p.dim() != 2 or "embd" in n]
     optimizers = [
@@ -223,14 +242,17 @@ def train(model: Llama, packer: Packer, steps: int, peak: float, checkpoint: Pat
     begin = time.monotonic()
     recent: list[float] = []
     seen = 0
-    for step in range(steps):
+    for step in range(min(stop, steps)):
         # One step in ten sees rows as long as the context, so that the far end is trained too.
-        count, length = (2, 2047) if step % 10 == 9 else (12, 384)
-        tokens, learn = packer.batch(count, length)
+        count, length = (2, 2047) if step % 10 == 9 else (10, 320)
+        tokens, codes = packer.batch(count, length)
+        # At first, keeping to the names and things of a story counts more than anything else.
+        emphasis = 4.0 if step < 0.6 * steps else 1.0
+        weights = torch.where(codes == 2, emphasis, codes.float())
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = model.loss(tokens, learn)
+            loss = model.loss(tokens, weights)
         model.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -312,8 +334,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="the GGUF file to write")
     parser.add_argument("--work", type=Path, required=True, help="folder for the checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--peak", type=float, default=3e-3, help="highest learning rate")
+    parser.add_argument("--steps", type=int, default=2800, help="steps of the learning-rate schedule")
+    parser.add_argument("--stop", type=int, default=2250, help="end the training after this many of them")
+    parser.add_argument("--peak", type=float, default=4e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-only", action="store_true", help="write the last checkpoint")
@@ -331,7 +354,7 @@ def main() -> None:
         model.load_state_dict(torch.load(checkpoint, weights_only=True))
     else:
         packer = Packer(tokenizer, arguments.seed + 1)
-        loss = train(model, packer, arguments.steps, arguments.peak, checkpoint)
+        loss = train(model, packer, arguments.steps, arguments.stop, arguments.peak, checkpoint)
         print(f"mean loss of the last 200 steps: {loss:.4f}")
     export(model, shape, tokenizer, arguments.out)
     print(f"{arguments.out.name}: {arguments.out.stat().st_size} bytes")

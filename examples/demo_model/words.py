@@ -4,7 +4,7 @@ Patterns use two notations: ``[a|b|c]`` stands for one of the alternatives, whic
 or empty, and ``{name}`` for a value that the generator fills in.
 """
 
-# ruff: noqa: E501, RUF001, SIM905
+# ruff: noqa: E501, SIM905
 
 GIRLS = (
     "Lily Mia Anna Emma Rosa Ella Nora Ruby Zoe Clara Lucy Molly Grace Ivy Daisy Hanna Maya Sara "
