@@ -150,6 +150,7 @@ class Dispatcher:
         return WorkerInfo(
             id=record.node_id.hex(),
             model=record.model,
+            digest=record.digest.hex(),
             addresses=record.addresses,
             health=record.health,
             slots=record.slots,

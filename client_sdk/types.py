@@ -95,6 +95,8 @@ class WorkerInfo:
 
     id: str
     model: str
+    digest: str
+    """The first 16 bytes of the model file's SHA-256, as hex."""
     addresses: tuple[str, ...]
     health: int
     slots: int
