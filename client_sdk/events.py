@@ -58,7 +58,7 @@ def decode_object(payload: bytes) -> dict[str, Any]:
 
 
 class StopMatcher:
-    """Ends a text before the first of the `stops`, however the text is cut.
+    """Ends a text before the first of the `stops` that is complete, however the text is cut.
 
     Text that may be the beginning of a stop string is held back until that is decided.
     """
@@ -77,9 +77,9 @@ class StopMatcher:
         if not self._stops:
             return text
         text = self._held + text
-        ends = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if ends:
-            at, self.matched = min(ends)
+            _, at, self.matched = min(ends)  # complete first; of those the one that began first
             self._held = ""
             return text[:at]
         keep = max(self._overlap(text, stop) for stop in self._stops)

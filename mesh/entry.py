@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.address import Address, parse_address
+from mesh.address import Address, parse_address, usable_addresses
 from mesh.errors import ConfigurationError
 from mesh.identity import NodeId, parse_node_id
 from mesh.join import decode_token, looks_like_token
@@ -27,7 +27,12 @@ def parse_entry(text: str, now: float) -> Entry:
     """
     if looks_like_token(text):
         invitation = decode_token(text, now)
-        return Entry(tuple(map(parse_address, invitation.addresses)), network=invitation.network)
+        addresses = usable_addresses(invitation.addresses)
+        if not addresses:
+            raise ConfigurationError(
+                "the join token names no address that can be used", "Ask for a new one (`qmesh-node invite`)."
+            )
+        return Entry(tuple(addresses), network=invitation.network)
     node_id, at, address = text.strip().rpartition("@")
     try:
         peer = parse_node_id(node_id) if at else None

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 import stat
+import tempfile
 from pathlib import Path
 
 from mesh.errors import ConfigurationError
@@ -49,11 +50,20 @@ def load_identity(folder: Path) -> Identity:
             exit_code=EXIT_IDENTITY,
         )
     identity = Identity(bytes.fromhex(text))
-    id_file = folder / ID_FILE
-    expected = identity.id.hex() + "\n"
-    if not id_file.is_file() or id_file.read_text(encoding="utf-8") != expected:
-        id_file.write_text(expected, encoding="utf-8")
+    _tell_id(folder / ID_FILE, f"{identity.id.hex()}\n".encode())
     return identity
+
+
+def _tell_id(path: Path, expected: bytes) -> None:
+    try:
+        if not path.is_file() or path.read_bytes() != expected:
+            path.write_bytes(expected)
+    except OSError as error:
+        raise ConfigurationError(
+            f"the file {path} cannot be written: {error.strerror}",
+            "Make its folder yours (`chown`), or choose another with --data-dir.",
+            exit_code=EXIT_IDENTITY,
+        ) from error
 
 
 def _create(path: Path) -> None:
@@ -61,8 +71,7 @@ def _create(path: Path) -> None:
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor, fresh = tempfile.mkstemp(dir=path.parent, prefix=".key-")  # mode 0600, a name of its own
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(Identity().seed.hex() + "\n")
@@ -72,4 +81,4 @@ def _create(path: Path) -> None:
         with contextlib.suppress(FileExistsError):
             os.link(fresh, path)
     finally:
-        fresh.unlink()
+        Path(fresh).unlink()

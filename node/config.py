@@ -27,8 +27,9 @@ DEFAULT_LISTEN = f"0.0.0.0:{DEFAULT_PORT}"
 DEFAULT_GATEWAY = f"127.0.0.1:{DEFAULT_PORT + 1}"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "sidecar" / "assets" / "qmesh-demo.gguf"
 
-NOT_SETTINGS = frozenset({"QMESH_CONFIG", "QMESH_DEBUG", "QMESH_TEST_TIMEOUT_FACTOR", "QMESH_FUZZ_ROUNDS"})
-"""Variables with the prefix that are no settings of a node."""
+NOT_SETTINGS = frozenset({"QMESH_CONFIG", "QMESH_DEBUG", "QMESH_FUZZ_ROUNDS"})
+"""Variables with the prefix that are no settings of a node; nor are those of the tests."""
+TEST_PREFIX = "QMESH_TEST_"
 
 
 def default_data_dir() -> Path:
@@ -109,6 +110,13 @@ class NodeConfig(_Strict):
             parse_address(text)
         return text
 
+    @field_validator("advertise")
+    @classmethod
+    def _addresses(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            parse_address(text)
+        return texts
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -173,7 +181,11 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENV_PREFIX) or variable in NOT_SETTINGS:
+        if (
+            not variable.startswith(ENV_PREFIX)
+            or variable.startswith(TEST_PREFIX)
+            or variable in NOT_SETTINGS
+        ):
             continue
         key = variable.removeprefix(ENV_PREFIX).lower()
         if key not in NodeConfig.model_fields or key == "models":
@@ -195,8 +207,12 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> Configuration
     if first["type"] == "extra_forbidden":
         fields = ModelSettings.model_fields if first["loc"][0] == "models" else NodeConfig.model_fields
         return _unknown(str(first["loc"][-1]), list(fields), source)
+    reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return ConfigurationError(f"{where} (from {source}) is missing", "Add it.")
     return ConfigurationError(
-        f"{where} (from {source}) is {first['input']!r}: {first['msg'].lower()}", "Give it another value."
+        f"{where} (from {source}) is {first['input']!r}: {reason[:1].lower()}{reason[1:]}",
+        "Give it another value.",
     )
 
 

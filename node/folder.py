@@ -12,10 +12,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from mesh.errors import ConfigurationError
@@ -80,9 +80,7 @@ def running_node(path: Path) -> dict[str, Any] | None:
     """What the node that runs in this folder has published; None where none runs."""
     try:
         facts: dict[str, Any] = json.loads((path / RUNTIME_FILE).read_text(encoding="utf-8"))
-        os.kill(int(facts["pid"]), 0)
-    except PermissionError:
-        return facts
+        running = psutil.pid_exists(facts["pid"]) and facts["pid"] > 0
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return facts
+    return facts if running else None

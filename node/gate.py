@@ -33,9 +33,10 @@ class Gate:
         asked = time.monotonic()
         until = asked + DEFAULT_PATIENCE if deadline is None else deadline
         ticket = Ticket(peer, cost, priority, until)
+        self.admission.expire(asked)  # their own timers, due now, tell those who waited
         accepted, displaced = self.admission.offer(ticket, asked)
-        if displaced is not None:
-            self._waiting[displaced].set_exception(self._overloaded())
+        if displaced is not None and not (future := self._waiting[displaced]).done():
+            future.set_exception(self._overloaded())
         if not accepted:
             raise self._overloaded()
         if ticket.started is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 KEEP = 16 << 10
@@ -30,18 +31,19 @@ class Tail:
         text = b"".join(self._kept)[-KEEP:].decode("utf-8", "replace")
         found = {}
         for name in ("usage", "timings"):
-            value = _last_object(text, f'"{name}":')
+            value = _last_object(text, name)
             if value:
                 found[name] = value
         return found
 
 
-def _last_object(text: str, key: str) -> dict[str, Any] | None:
-    at = text.rfind(key)
-    if at < 0:
+def _last_object(text: str, name: str) -> dict[str, Any] | None:
+    at = text.rfind(f'"{name}"')
+    colon = re.compile(r"\s*:\s*").match(text, at + len(name) + 2) if at >= 0 else None
+    if colon is None:
         return None
     try:
-        value, _ = _DECODER.raw_decode(text, at + len(key))
-    except ValueError:
+        value, _ = _DECODER.raw_decode(text, colon.end())
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
