@@ -20,6 +20,7 @@ from mesh.address import parse_address
 from mesh.errors import ConfigurationError
 from mesh.limits import DEFAULT_PORT
 from mesh.network import OPEN_NETWORK
+from node.gateway.settings import GatewaySettings
 
 CONFIG_FILE = "qmesh.toml"
 ENV_PREFIX = "QMESH_"
@@ -85,6 +86,8 @@ class NodeConfig(_Strict):
     """The mesh's name; nodes of different names never talk to each other."""
     gateway: str | None = DEFAULT_GATEWAY
     """`HOST:PORT` of the local OpenAI API; none with `--no-gateway`."""
+    api: GatewaySettings = GatewaySettings()
+    """What the OpenAI API does: the table `[api]` of qmesh.toml."""
     mdns: bool = True
     """Whether to look for peers on the local network."""
     llama_server: Path | None = None
@@ -188,7 +191,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         ):
             continue
         key = variable.removeprefix(ENV_PREFIX).lower()
-        if key not in NodeConfig.model_fields or key == "models":
+        if key not in NodeConfig.model_fields or key in {"models", "api"}:
             raise _unknown(variable, [ENV_PREFIX + name.upper() for name in NodeConfig.model_fields])
         if key in {"join", "advertise"}:
             values[key] = [part.strip() for part in text.split(",") if part.strip()]
@@ -205,8 +208,9 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> Configuration
     where = ".".join(str(part) for part in first["loc"])
     source = origin.get(str(first["loc"][0]), "default") if first["loc"] else "default"
     if first["type"] == "extra_forbidden":
-        fields = ModelSettings.model_fields if first["loc"][0] == "models" else NodeConfig.model_fields
-        return _unknown(str(first["loc"][-1]), list(fields), source)
+        tables: dict[str, type[BaseModel]] = {"models": ModelSettings, "api": GatewaySettings}
+        table = tables.get(str(first["loc"][0]), NodeConfig)
+        return _unknown(str(first["loc"][-1]), list(table.model_fields), source)
     reason = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return ConfigurationError(f"{where} (from {source}) is missing", "Add it.")

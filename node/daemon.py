@@ -8,6 +8,7 @@ drain. No process is left behind, whichever step fails.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from mesh.address import Address
 from mesh.dht import Dht
 from mesh.entry import parse_entry
 from mesh.errors import ConfigurationError
+from mesh.identity import Identity
 from mesh.keystore import load_identity
 from mesh.network import Network
 from mesh.transport import Listener, serve
@@ -29,6 +31,7 @@ from node.__about__ import USER_AGENT
 from node.announcer import Announcer
 from node.config import DEMO_MODEL, Loaded, ModelSettings
 from node.folder import DataFolder
+from node.gateway.server import Gateway, mesh_client
 from node.monitor import INTERVAL, machine
 from node.served import ServedModel
 from node.service import Service
@@ -41,6 +44,7 @@ from sidecar.runtime import Server, find_server
 log = logging.getLogger("qmesh.node")
 
 EXIT_MODEL = 4
+ANNOUNCE_PATIENCE = 2.0
 EXIT_SERVER = 7
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -61,6 +65,7 @@ class Node:
         self._dht: Dht | None = None
         self._listener: Listener | None = None
         self._announcer: Announcer | None = None
+        self._gateway: Gateway | None = None
 
     def stop(self) -> None:
         """Ask the node to stop; asked again, it does not wait for running answers."""
@@ -123,10 +128,20 @@ class Node:
             load=state.load,
         )
         self._dht.join(seeds)
+        if config.gateway is not None:
+            self._gateway = self._open_gateway(config.gateway, f"{worker_id}@{address}", identity, network)
+            await self._gateway.start()
+        url = self._gateway.url if self._gateway is not None else None
         if config.mdns and (search := _lan_search(network, self._dht, tcp)) is not None:
             background.append(group.create_task(search, name="mdns"))
         folder.publish(
-            {"pid": os.getpid(), "worker_id": worker_id, "address": address, "network": network.name}
+            {
+                "pid": os.getpid(),
+                "worker_id": worker_id,
+                "address": address,
+                "network": network.name,
+                "gateway": url,
+            }
         )
         self._emit(
             {
@@ -145,9 +160,24 @@ class Node:
         self._announcer = Announcer(self._dht, state.describers)
         background.append(group.create_task(self._announcer.run(), name="announcer"))
         background.append(group.create_task(self._watch(state), name="monitor"))
+        with contextlib.suppress(TimeoutError):
+            # Whoever waits for "ready" may look it up at once.
+            await asyncio.wait_for(self._announcer.told.wait(), ANNOUNCE_PATIENCE)
         ready = [name for name, model in state.models.items() if model.ready]
         self._emit(
-            {"event": "ready", "worker_id": worker_id, "address": address, "gateway": None, "models": ready}
+            {"event": "ready", "worker_id": worker_id, "address": address, "gateway": url, "models": ready}
+        )
+
+    def _open_gateway(self, address: str, entry: str, identity: Identity, network: Network) -> Gateway:
+        """The OpenAI API of this node; it enters the mesh through the node itself. Raises ConfigurationError."""
+        assert self._state is not None
+        return Gateway(
+            address,
+            mesh_client(entry, network, identity),
+            self.config.data_dir,
+            settings=self.config.api,
+            or_next=not self.loaded.explicit("gateway"),
+            status=self._state.status,
         )
 
     def _membership(self) -> tuple[Network, list[Address]]:
@@ -242,11 +272,19 @@ class Node:
             return
         async with asyncio.TaskGroup() as group:
             hurry = group.create_task(self._hurry.wait())
-            drained = group.create_task(self._listener.close(self.config.drain_seconds))
+            drained = group.create_task(self._close_doors(self.config.drain_seconds))
             await asyncio.wait({hurry, drained}, return_when=asyncio.FIRST_COMPLETED)
             hurry.cancel()
             if not drained.done():
-                await self._listener.close(0)
+                await self._close_doors(0)
+
+    async def _close_doors(self, grace: float) -> None:
+        """Accept nothing more and let what runs end: requests of peers and of the gateway together."""
+        assert self._listener is not None
+        async with asyncio.TaskGroup() as group:
+            if self._gateway is not None:
+                group.create_task(self._gateway.close(grace))
+            group.create_task(self._listener.close(grace))
 
     async def _stop_models(self) -> None:
         if self._state is not None:

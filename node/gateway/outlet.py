@@ -1,0 +1,116 @@
+"""The answer to one request, on its way to a client that may be slow, impatient or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping
+from contextlib import asynccontextmanager
+
+from aiohttp import web
+
+from node.gateway.call import Call
+from node.gateway.endpoints import Form
+from node.gateway.errors import ApiError
+
+WRITE_SECONDS = 20.0
+"""A client that takes nothing for this long is cut off, before the worker's node loses patience."""
+FIRST_PING = 3.0
+"""Seconds without a beginning, after which a streaming client is told that it is not forgotten."""
+NEXT_PING = 10.0
+_PINGS = {
+    Form.OPENAI: b": waiting for a worker\n\n",
+    Form.ANTHROPIC: b'event: ping\ndata: {"type": "ping"}\n\n',
+}
+
+
+class ClientGone(Exception):
+    """The client closed its connection, or takes nothing any more."""
+
+
+class Outlet:
+    """Writes an answer: a stream piece by piece, or a body at once."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._response: web.StreamResponse | None = None
+
+    @property
+    def begun(self) -> bool:
+        """Whether a status was sent already."""
+        return self._response is not None
+
+    async def begin(self, status: int, content_type: str, headers: Mapping[str, str]) -> None:
+        """Send the head of a streamed answer, unless a ping has done so."""
+        if self._response is not None:
+            return
+        self._response = web.StreamResponse(
+            status=status,
+            headers={
+                "Content-Type": content_type,
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                **self._call.headers,
+                **headers,
+            },
+        )
+        self._call.status = status
+        await self._guarded(self._response.prepare(self._call.request))
+
+    async def write(self, data: bytes) -> None:
+        """The next piece of a streamed answer."""
+        assert self._response is not None
+        await self._guarded(self._response.write(data))
+
+    async def end(self) -> web.StreamResponse:
+        """The streamed answer is whole."""
+        assert self._response is not None
+        await self._guarded(self._response.write_eof())
+        return self._response
+
+    async def fail(self, error: ApiError) -> web.StreamResponse:
+        """A streamed answer breaks off: its last event says why."""
+        await self.write(error.event(self._call.form, self._call.id))
+        assert self._response is not None
+        self._response.force_close()
+        return await self.end()
+
+    def whole(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str]) -> web.Response:
+        """An answer in one piece."""
+        self._call.status = status
+        return web.Response(
+            status=status,
+            body=body,
+            headers={"Content-Type": content_type, **self._call.headers, **headers},
+        )
+
+    @asynccontextmanager
+    async def pings(self) -> AsyncIterator[None]:
+        """While the block runs, pings keep a streaming client's patience; the first sends the head."""
+        done = asyncio.Event()
+        pinging = asyncio.get_running_loop().create_task(self._ping(done), name="pings")
+        try:
+            yield
+        finally:
+            done.set()
+            await pinging
+
+    async def _ping(self, done: asyncio.Event) -> None:
+        pause = FIRST_PING
+        while True:
+            try:
+                async with asyncio.timeout(pause):
+                    await done.wait()
+                    return
+            except TimeoutError:
+                pause = NEXT_PING
+            await self.begin(200, "text/event-stream", {})
+            await self.write(_PINGS[self._call.form])
+
+    async def _guarded(self, writing: Awaitable[object]) -> None:
+        try:
+            async with asyncio.timeout(WRITE_SECONDS):
+                await writing
+        except (OSError, TimeoutError) as error:
+            if self._call.request.transport is not None:
+                self._call.request.transport.abort()
+            raise ClientGone from error
