@@ -21,6 +21,7 @@ from mesh.errors import ConfigurationError
 from mesh.limits import DEFAULT_PORT
 from mesh.network import OPEN_NETWORK
 from node.gateway.settings import GatewaySettings
+from node.logs import Style
 
 CONFIG_FILE = "qmesh.toml"
 ENV_PREFIX = "QMESH_"
@@ -100,6 +101,9 @@ class NodeConfig(_Strict):
     """The models to serve; the demo model where empty."""
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
     """How long running answers may go on after the first signal to stop."""
+
+    log_format: Style = "console"
+    """How log lines on stderr look: `console` or `json`."""
 
     @field_validator("data_dir", "llama_server")
     @classmethod

@@ -32,6 +32,7 @@ from node.announcer import Announcer
 from node.config import DEMO_MODEL, Loaded, ModelSettings
 from node.folder import DataFolder
 from node.gateway.server import Gateway, mesh_client
+from node.logs import log_file
 from node.monitor import INTERVAL, machine
 from node.served import ServedModel
 from node.service import Service
@@ -81,7 +82,7 @@ class Node:
         folder = DataFolder.hold(self.config.data_dir, or_next=not self.loaded.explicit("data_dir"))
         try:
             self.config = self.config.model_copy(update={"data_dir": folder.path})
-            with _signals(self.stop):
+            with log_file(folder.path, "node.log"), _signals(self.stop):
                 async with asyncio.TaskGroup() as group:
                     background: list[asyncio.Task[None]] = []
                     try:

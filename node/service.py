@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AsyncExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AsyncExitStack, contextmanager
 from typing import Any
 
 import orjson
@@ -27,6 +28,8 @@ from mesh.transport import Stream
 from node.served import ServedModel
 from node.tail import Tail
 from sidecar import errors as side
+
+log = logging.getLogger("qmesh.service")
 
 GENERATING = frozenset(
     {
@@ -113,8 +116,9 @@ class Service:
         arrived = time.monotonic()
         path, deadline, priority = self._parse(stream, arrived)
         model = self._model(stream.meta)
-        body = await _body(stream)
         async with AsyncExitStack() as stack:
+            stack.enter_context(_noted(stream, model.name, path))
+            body = await _body(stream)
             waited = 0.0
             if path in GENERATING:
                 waited = await stack.enter_async_context(
@@ -191,6 +195,28 @@ class Service:
         if model.failed is not None:
             return BackendFailed(f"{model.name} cannot be started")
         return Overloaded(f"{model.name} is starting", retry_after=LOADING_RETRY)
+
+
+@contextmanager
+def _noted(stream: Stream, model: str, path: str) -> Iterator[None]:
+    """Log how a request ended, with the caller's trace."""
+    arrived, outcome = time.monotonic(), "ok"
+    try:
+        yield
+    except BaseException as error:
+        outcome = type(error).__name__
+        raise
+    finally:
+        trace = stream.meta.get("trace")
+        facts = {
+            "endpoint": path,
+            "model": model,
+            "peer": stream.peer_id.hex(),
+            "trace": trace[:64] if isinstance(trace, str) else None,
+            "outcome": outcome,
+            "ms": round((time.monotonic() - arrived) * 1000, 2),
+        }
+        log.info("served %s: %s", path, outcome, extra={"facts": facts})
 
 
 def contacts(dht: Dht) -> dict[str, Any]:

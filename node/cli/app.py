@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from node.cli import cluster, generate, inspect, run
+from node.cli import cluster, gateway, generate, inspect, keys, run
 
 app = typer.Typer(
     name="qmesh-node",
@@ -15,6 +15,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(run.run)
+app.command()(gateway.gateway)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(inspect.status)
@@ -23,6 +24,7 @@ app.command()(inspect.models)
 app.command()(inspect.identity)
 app.command()(inspect.version)
 app.add_typer(cluster.app, name="cluster")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:

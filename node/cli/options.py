@@ -20,6 +20,9 @@ Config = Annotated[
 ]
 Network = Annotated[str | None, typer.Option("--network", metavar="NAME", help="The mesh's name.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, one value per line.")]
+LogFormat = Annotated[
+    str | None, typer.Option("--log-format", metavar="console|json", help="Of log lines on stderr.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Only data and errors.")]
 Model = Annotated[
     str | None, typer.Option("--model", "-m", metavar="NAME", help="Default: the most served one.")

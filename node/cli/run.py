@@ -41,6 +41,7 @@ def run(
         Path | None, typer.Option(metavar="DIR", help="The folder for everything it writes.")
     ] = None,
     config: options.Config = None,
+    log_format: options.LogFormat = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -65,6 +66,7 @@ def run(
             "backend_url": backend_url,
             "slots": slots,
             "data_dir": data_dir,
+            "log_format": log_format,
         }
         loaded = Loaded.of(flags, file=config, gateway_off=no_gateway)
         _start(loaded, as_json=as_json, quiet=quiet)
@@ -81,7 +83,7 @@ def _start(loaded: Any, *, as_json: bool, quiet: bool) -> None:
             for line in describe(event):
                 text(line) if event["event"] == "ready" else progress(line, quiet=quiet)
 
-    set_up(quiet=quiet or as_json)
+    set_up(quiet=quiet or as_json, style=loaded.config.log_format)
     with asyncio.Runner(loop_factory=event_loop_factory()) as runner:
 
         async def main() -> None:
