@@ -31,6 +31,9 @@ from mesh.records import (
 
 T = TypeVar("T")
 
+_FORGET_DEPTH = 0.05
+"""By how much each lookup lowers the deepest depth that is remembered of a model."""
+
 
 class Lookups:
     """The asking side of one node.
@@ -55,7 +58,7 @@ class Lookups:
         self._clock = environment.clock
         self._wall = environment.wall
         self._rng = environment.rng
-        self._depth_hints: dict[str, int] = {}
+        self._hints: dict[str, _Hint] = {}
 
     async def lookup(self, model: str, want: int) -> list[SignedRecord]:
         """See `Dht.lookup`."""
@@ -64,9 +67,10 @@ class Lookups:
         for _ in range(limits.MAX_SHARDS_TRIED):
             depth, gathering = await self.walk(model, self._rng.randbytes(32), want, until)
             found = gathering.values() or found
-            # Small shards are met as often as large ones: taking a shard with the probability of its
-            # size gives every worker the same chance.
-            if not depth or self._rng.random() * SPLIT_AT < gathering.count or self._clock() > until:
+            # A shard is met with the probability 2^-depth, whatever its size. Taking it with one that
+            # is proportional to size × 2^depth gives every worker the same chance.
+            most = SPLIT_AT * 2 ** self._hint(model).deepest
+            if not depth or self._rng.random() * most < gathering.count << depth or self._clock() > until:
                 break
         return found
 
@@ -89,7 +93,7 @@ class Lookups:
         self, model: str, point: bytes, want: int, until: float
     ) -> tuple[int, Gathering[SignedRecord]]:
         """(depth, records) of the shard that `point`, any node id or random bytes, falls into."""
-        depth = self._depth_hints.get(model, 0)
+        depth = self._hint(model).depth
         tried: dict[int, Gathering[SignedRecord]] = {}
         while depth not in tried:
             gathering = await self._shard(model, depth, point, want, until)
@@ -101,7 +105,7 @@ class Lookups:
             # Nothing here: too deep. Signposts: the workers are deeper.
             depth = told if records else max(0, depth - 1)
         best = max(tried, key=lambda d: (bool(tried[d].values()), d))
-        self._remember_depth(model, best)
+        self._remember(model, best)
         return best, tried[best]
 
     async def count(self, key: bytes) -> int:
@@ -210,12 +214,24 @@ class Lookups:
     def _start(self, key: bytes) -> list[Neighbour]:
         return [(contact.id, contact.address) for contact in self._protocol.router.closest(key)]
 
-    def _remember_depth(self, model: str, depth: int) -> None:
-        self._depth_hints.pop(model, None)
+    def _hint(self, model: str) -> _Hint:
+        return self._hints.get(model, _Hint(0, 0.0))
+
+    def _remember(self, model: str, depth: int) -> None:
+        before = self._hints.pop(model, None)
         if depth:
-            self._depth_hints[model] = depth
-            if len(self._depth_hints) > limits.MAX_DEPTH_HINTS:
-                del self._depth_hints[next(iter(self._depth_hints))]
+            deepest = float(depth) if before is None else max(depth, before.deepest - _FORGET_DEPTH)
+            self._hints[model] = _Hint(depth, deepest)
+            if len(self._hints) > limits.MAX_DEPTH_HINTS:
+                del self._hints[next(iter(self._hints))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hint:
+    """At which depth a model was found last, and the deepest that it was lately."""
+
+    depth: int
+    deepest: float
 
 
 @dataclass(slots=True)
