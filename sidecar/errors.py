@@ -6,6 +6,7 @@
     ├ BinaryNotFound                   no usable llama.cpp server, or the given path is none
     ├ ModelLoadFailed                  wrong arguments or model: retrying cannot help
     │ └ OutOfMemory                    did not fit, also not with smaller settings
+    ├ UnknownModel                     no model of that name is configured
     ├ SidecarCrashed                   the process ended by itself
     ├ SidecarUnresponsive              the process hangs: no answer, or no token while work is queued
     ├ SidecarStopped                   it was stopped on purpose
@@ -60,6 +61,10 @@ class ModelLoadFailed(SidecarError):
 
 class OutOfMemory(ModelLoadFailed):
     """The model did not fit into memory, also not with less context, slots and GPU layers."""
+
+
+class UnknownModel(SidecarError):
+    """No model of that name is configured here."""
 
 
 class SidecarCrashed(SidecarError):

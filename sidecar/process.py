@@ -15,7 +15,6 @@ import random
 import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -23,6 +22,7 @@ import psutil
 
 from sidecar import lifecycle as life
 from sidecar import orphans, states
+from sidecar.changes import Change, Changes
 from sidecar.child import Child, record_path
 from sidecar.client import SidecarClient
 from sidecar.config import SidecarConfig
@@ -56,14 +56,6 @@ _jitter = random.SystemRandom().random
 _SETTLED = (State.READY, State.DEGRADED, State.FAILED, State.STOPPED)
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What a subscriber is told: the new state, and the failure that led to it."""
-
-    state: State
-    error: SidecarError | None
-
-
 class Supervisor:
     """Keeps one server running.
 
@@ -88,12 +80,13 @@ class Supervisor:
         self.metrics: Mapping[str, float] = {}
         self._policy, self._probing = policy or Policy(), probing or Probing()
         self._events: asyncio.Queue[states.Event] = asyncio.Queue()
-        self._subscribers: list[Callable[[Change], None]] = []
+        self._changes = Changes()
         self._changed = asyncio.Event()
         self._child: Child | None = None
         self._owner: asyncio.Task[None] | None = None
         self._machine: states.Machine | None = None
         self._settings: Settings | None = None
+        self._model: GgufHeader | None = None
         self._tail: list[str] = []
 
     # ── for everyone ────────────────────────────────────────────────────────────────────────────
@@ -120,18 +113,24 @@ class Supervisor:
         return self._machine.restarts if self._machine else 0
 
     @property
+    def memory(self) -> int:
+        """Estimated bytes that the server takes while it runs; 0 before entering the context."""
+        if not (self._model and self._machine):
+            return 0
+        return self._model.memory(self._machine.plan.context * self._machine.plan.slots)
+
+    @property
     def log_tail(self) -> list[str]:
         """The server's last lines, oldest first."""
         return self._child.pump.tail() if self._child else list(self._tail)
 
     def subscribe(self, callback: Callable[[Change], None]) -> Callable[[], None]:
         """Call `callback` on every change of state, in the event loop; returns the way to unsubscribe."""
-        self._subscribers.append(callback)
-        return lambda: self._subscribers.remove(callback)
+        return self._changes.subscribe(callback)
 
     async def __aenter__(self) -> Self:
-        model = await asyncio.to_thread(self._prepare)
-        self._settings = self._settle(model)
+        self._model = await asyncio.to_thread(self._prepare)
+        self._settings = self._settle(self._model)
         self._machine = life.new_machine(self._settings.plan)
         self._owner = asyncio.create_task(self._own(), name=f"sidecar {self.config.name}")
         self._owner.add_done_callback(lambda _: self._changed.set())
@@ -144,9 +143,11 @@ class Supervisor:
         if owner is None:
             return
         try:
-            await self.stop()
+            if not owner.done():
+                await self.stop()
         finally:
             owner.cancel()
+            self._owner = None
             with contextlib.suppress(asyncio.CancelledError):
                 await owner
 
@@ -175,8 +176,9 @@ class Supervisor:
 
     async def stop(self) -> None:
         """End the server and wait until its process is reaped; idempotent."""
-        self._send(states.StopRequested())
-        await self._until(lambda: self.state is State.STOPPED, None)
+        if self._owner:
+            self._send(states.StopRequested())
+            await self._until(lambda: self.state is State.STOPPED, None)
 
     async def wait_closed(self) -> None:
         """Wait for the end of the owner; raises what ended it if that was a bug."""
@@ -217,10 +219,11 @@ class Supervisor:
 
     async def _until(self, reached: Callable[[], bool], timeout: float | None) -> None:
         """Wait until all that was sent is done and `reached` holds."""
-        assert self._owner
+        owner = self._owner
+        assert owner
         try:
             async with asyncio.timeout(timeout):
-                while not self._owner.done():
+                while not owner.done():
                     if self._events.empty() and reached():
                         return
                     self._changed.clear()
@@ -229,8 +232,8 @@ class Supervisor:
             raise SidecarTimeout(
                 f"{self.config.name} is still {self.state.value} after {timeout} s"
             ) from None
-        if not self._owner.cancelled():
-            self._owner.result()  # a bug in the owner surfaces here
+        if not owner.cancelled():
+            owner.result()  # a bug in the owner surfaces here
         raise SidecarStopped(f"{self.config.name}: the supervisor has ended")
 
     async def _own(self) -> None:
@@ -287,8 +290,7 @@ class Supervisor:
 
     def _announce(self, state: State) -> None:
         log.info("%s: %s", self.config.name, state.value)
-        for callback in list(self._subscribers):
-            callback(Change(state, self.last_error))
+        self._changes.publish(Change(state, self.last_error))
 
     # ── the process ─────────────────────────────────────────────────────────────────────────────
 

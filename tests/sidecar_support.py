@@ -7,8 +7,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from sidecar.changes import Backend, Change
 from sidecar.config import SidecarConfig
-from sidecar.process import Change, Policy, Probing, State, Supervisor
+from sidecar.process import Policy, Probing, State, Supervisor
 from sidecar.runtime import Server, find_server
 from tests.support import seconds
 
@@ -65,7 +66,7 @@ def fake(log_dir: Path, *faults: str, policy: Policy = QUICK, probing: Probing =
 class Watcher:
     """Records every change of a supervisor and waits for one."""
 
-    def __init__(self, supervisor: Supervisor) -> None:
+    def __init__(self, supervisor: Backend) -> None:
         self.changes: list[Change] = []
         self._news = asyncio.Event()
         supervisor.subscribe(self._take)
