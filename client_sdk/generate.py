@@ -88,13 +88,18 @@ class TokenStream:
         async with aclosing(self._attempts.run(request, self._relay)) as tokens:
             async for token in tokens:
                 yield token
+        # A worker lost between its last token and its end leaves what the stop strings held back.
+        rest = self._journal.finish()
+        if rest is not None:
+            yield Token(rest.text, self.explain.worker or "")
 
     async def _relay(self, call: Call) -> AsyncGenerator[Token, None]:
         """The tokens of one worker: the answer, or its rest."""
         journal = self._journal
         spliced = journal.started
-        if call.head.get("status") != 200:
-            raise refusal(int(call.head.get("status") or 0), await call.read_all(MAX_ERROR_BODY))
+        status = call.head.get("status")
+        if status != 200:
+            raise refusal(status if isinstance(status, int) else 0, await call.read_all(MAX_ERROR_BODY))
         self.explain.queue = queue_seconds(call.head)
         decoder = EventDecoder()
         async with aclosing(call.chunks(self._patience)) as chunks:
@@ -140,7 +145,7 @@ def _merge(message: dict[str, Any], delta: Mapping[str, Any]) -> None:
                     call["id"] = piece["id"]
                 call["function"]["name"] += function.get("name") or ""
                 call["function"]["arguments"] += function.get("arguments") or ""
-        elif isinstance(value, str):
+        elif isinstance(value, str) and isinstance(message.get(key, ""), str):
             message[key] = message.get(key, "") + value
         else:
             message[key] = value
