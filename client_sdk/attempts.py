@@ -45,8 +45,11 @@ class Resumable(Protocol):
     def complete(self) -> bool:
         """Whether everything was delivered."""
 
-    def next_body(self) -> bytes:
-        """The body for the next worker. Raises StreamInterrupted where no way is left."""
+    def next_body(self, took: float) -> bytes:
+        """The body for the next worker; writing what was delivered took this many seconds.
+
+        Raises StreamInterrupted where no way is left.
+        """
 
     def diverged(self) -> None:
         """Replaying gave another text."""
@@ -65,6 +68,8 @@ class Attempts:
         self._began = time.monotonic()
         self._failed: list[tuple[str, BaseException]] = []
         self._exclude: set[bytes] = set()
+        self._wrote = 0.0
+        """Seconds from the first to the last piece that was delivered."""
 
     async def run(
         self, request: Request, relay: Callable[[Call], AsyncGenerator[T, None]]
@@ -106,7 +111,7 @@ class Attempts:
     ) -> AsyncGenerator[T, None]:
         journal, timeouts = self._journal, self._dispatcher.timeouts
         asked = Asked(
-            journal.next_body(),
+            journal.next_body(self._wrote),
             frozenset(self._exclude),
             journal.digest,
             self._check_time(),
@@ -116,8 +121,10 @@ class Attempts:
         call = await start_hedged(self._dispatcher, request, asked)
         async with call, aclosing(relay(call)) as pieces:
             async for piece in pieces:
+                since = time.monotonic() - self._began
                 if self._explain.first_token is None:
-                    self._explain.first_token = time.monotonic() - self._began
+                    self._explain.first_token = since
+                self._wrote = since - self._explain.first_token
                 journal.digest = call.lease.record.digest
                 yield piece
         self._explain.attempts.append(Attempt(call.lease.id, journal.way))

@@ -201,6 +201,13 @@ class MeshClient:
         records = await self._dispatcher.candidates(name, fresh=True)
         return sorted((self._dispatcher.describe(record) for record in records), key=lambda one: one.expected)
 
+    async def status(self) -> Mapping[str, Any]:
+        """The status of the entry node itself: its models, slots, load, health and version.
+
+        Raises ConnectFailed.
+        """
+        return await self._directory.status()
+
     async def models(self) -> list[ModelInfo]:
         """The models of the mesh, most workers first. Raises ConnectFailed."""
         counts = await self._directory.models()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,12 +58,16 @@ class Directory:
 
     async def models(self) -> dict[str, int]:
         """Every model on the mesh with the number of its workers. Raises ConnectFailed."""
-        trailer = await self._ask("models", {})
+        trailer = await self._ask("models", {}, lambda answer: answer.get("models"))
         models = trailer.get("models")
         if not isinstance(models, Mapping):
             raise ProtocolError("the node's answer about models has the wrong form")
         self._models = (time.monotonic(), {str(name): int(count) for name, count in models.items()})
         return self._models[1]
+
+    async def status(self) -> Mapping[str, Any]:
+        """The status of the first entry node that answers."""
+        return await self._ask("status", {}, bool)
 
     async def default_model(self) -> str:
         """The model that most workers have. Raises NoWorkers where the mesh has none."""
@@ -79,7 +83,8 @@ class Directory:
         await self._tasks.close()
 
     async def _find(self, model: str) -> list[WorkerRecord]:
-        trailer = await self._ask("find", {"model": model, "want": WANT})
+        wanted = {"model": model, "want": WANT}
+        trailer = await self._ask("find", wanted, lambda answer: answer.get("records"))
         newest: dict[NodeId, WorkerRecord] = {}
         for item in trailer.get("records") or []:
             try:
@@ -102,9 +107,14 @@ class Directory:
                 self._known[record.node_id] = EntryNode(parse_address(record.addresses[0]), record.node_id)
         return records
 
-    async def _ask(self, method: str, meta: Mapping[str, Any]) -> Mapping[str, Any]:
-        """One question to the first entry node that answers."""
+    async def _ask(
+        self, method: str, meta: Mapping[str, Any], useful: Callable[[Mapping[str, Any]], Any]
+    ) -> Mapping[str, Any]:
+        """One question to the entry nodes in turn, until an answer is useful: a node that has just
+        started knows nobody yet. Raises ConnectFailed where none answers at all.
+        """
         failures: list[str] = []
+        answer: Mapping[str, Any] | None = None
         async for connection in self._ways_in(failures):
             try:
                 async with asyncio.timeout(self._timeout):
@@ -112,11 +122,16 @@ class Directory:
                     async with stream:
                         while await stream.read() is not None:
                             pass
-                        return stream.trailer or {}
+                        answer = stream.trailer or {}
             except (QMeshError, OSError, TimeoutError) as error:
                 self._pool.drop(connection.peer_id, connection)
                 failures.append(f"{format_address(*connection.remote_address[:2])}: {_reason(error)}")
-        raise ConnectFailed("no entry node can be reached (" + "; ".join(failures) + ")")
+                continue
+            if useful(answer):
+                return answer
+        if answer is None:
+            raise ConnectFailed("no entry node can be reached (" + "; ".join(failures) + ")")
+        return answer
 
     async def _ways_in(self, failures: list[str]) -> AsyncIterator[Connection]:
         """Connections to ask, those that are open first."""

@@ -7,13 +7,19 @@ that makes it say exactly what is missing:
 way          request                                     when
 ===========  ==========================================  ==================================
 from start   the first request again                     nothing was delivered yet
-replay       the first request again; what was already   sampling with a seed; chat deltas
-             delivered is compared and dropped           of tools or reasoning under greedy
-ids          the prompt followed by the token ids that   plain text
+replay       the first request again; what was already   sampling with a seed; greedy, where the
+             delivered is compared and dropped           delivered part was quickly written; chat
+                                                         deltas of tools or reasoning
+ids          the prompt followed by the token ids that   plain text, otherwise
              were generated
-prefill      the conversation with the unfinished        chat with only text delivered
+prefill      the conversation with the unfinished        chat with only text delivered, otherwise
              answer as its last message
 ===========  ==========================================  ==================================
+
+All ways continue exactly what was delivered. A replay moreover gives the very text that the lost worker
+would have written: it evaluates the same tokens in the same batches, where `ids` and `prefill` evaluate
+them as one prompt, whose last digits differ and may flip a close call later on. It costs the time that
+the delivered part took, so it is taken where that was short.
 
 Only a worker with the same model file (digest) may go on. Ids whose text was still incomplete (half a
 UTF-8 sequence) are generated again; stop strings are matched here, over the whole text, and not by the
@@ -39,6 +45,16 @@ from mesh.errors import (
     QMeshError,
     StreamInterrupted,
 )
+
+
+REPLAY_WITHIN = 2.0
+"""Seconds that writing the delivered part again may take, where it need not be written again."""
+
+
+LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
+"""The names under which a chat request may carry its limit of tokens."""
+MAX_TOOL_CALLS = 128
+"""Tool calls in one answer."""
 
 
 class Way(StrEnum):
@@ -114,23 +130,27 @@ class Journal:
         temperature = self.body.get("temperature")
         return temperature is not None and temperature <= 0
 
-    def next_request(self) -> dict[str, Any]:
-        """The body for the next worker. Raises StreamInterrupted where no way is left."""
+    def next_request(self, took: float) -> dict[str, Any]:
+        """The body for the next worker; writing what was delivered took this many seconds.
+
+        Raises StreamInterrupted where no way is left.
+        """
         self._reset_attempt()
+        self._to_drop = ""
         if not self.started:
             self.way = Way.START
             return self._first()
         self.splices += 1
-        self.way = self._choose()
+        self.way = self._choose(took)
         if self.way is Way.REPLAY:
             self._to_drop = self._delivered_raw()
             return self._first()
         return self._continuation()
 
-    def next_body(self) -> bytes:
+    def next_body(self, took: float) -> bytes:
         """As `next_request`, as JSON. Raises BadRequest for values that JSON cannot hold."""
         try:
-            return orjson.dumps(self.next_request())
+            return orjson.dumps(self.next_request(took))
         except TypeError as error:
             raise BadRequest(f"the request cannot be written as JSON: {error}") from error
 
@@ -160,6 +180,13 @@ class Journal:
         """Replaying did not give the same text: never try it again for this answer."""
         self._no_replay = True
 
+    def _ended(self, reason: str) -> None:
+        """The worker says that the answer is whole. Raises ReplayDiverged where it cannot be."""
+        if self._to_drop:
+            raise ReplayDiverged("the replayed answer ended before what was delivered")
+        if self.finish_reason is None:
+            self.finish_reason = reason
+
     def _drop(self, text: str) -> str:
         """Remove what was delivered before from a replayed piece."""
         if not self._to_drop:
@@ -170,7 +197,11 @@ class Journal:
         self._to_drop = self._to_drop[length:]
         return text[length:]
 
-    def _choose(self) -> Way:
+    def _replay(self, took: float) -> bool:
+        """Whether the first request can be repeated, and had better be."""
+        return not self._no_replay and (self.seeded or (self.greedy and took <= REPLAY_WITHIN))
+
+    def _choose(self, took: float) -> Way:
         raise NotImplementedError
 
     def _first(self) -> dict[str, Any]:
@@ -204,6 +235,8 @@ class TextJournal(Journal):
         self._ids: list[int] = []
         self._pending: list[int] = []
         """Ids whose text is not complete yet."""
+        self._resent = 0
+        """Generated ids that the current worker got as part of its prompt."""
         self._limit: int | None = self.body.get("n_predict")
 
     @property
@@ -222,8 +255,8 @@ class TextJournal(Journal):
         return tuple(self._ids)
 
     @override
-    def _choose(self) -> Way:
-        return Way.REPLAY if self.seeded and not self._no_replay else Way.IDS
+    def _choose(self, took: float) -> Way:
+        return Way.REPLAY if self._replay(took) else Way.IDS
 
     @override
     def _first(self) -> dict[str, Any]:
@@ -233,6 +266,7 @@ class TextJournal(Journal):
     def _continuation(self) -> dict[str, Any]:
         body = self._first()
         body["prompt"] = [*self._prompt, *self._ids]
+        self._resent = len(self._ids)
         if self._limit is not None and self._limit >= 0:
             body["n_predict"] = self._limit - len(self._ids)
         return body
@@ -245,19 +279,26 @@ class TextJournal(Journal):
     @property
     @override
     def complete(self) -> bool:
-        if self._limit is not None and 0 <= self._limit <= len(self._ids):
+        if self._limit is not None and 0 <= self._limit <= len(self._ids) and self.finish_reason is None:
             self.finish_reason = "length"
         return self.finish_reason is not None
 
     @override
     def _accept(self, event: Mapping[str, Any]) -> Delta | None:
         content, ids = event.get("content", ""), event.get("tokens") or []
-        if not isinstance(content, str) or not isinstance(ids, list):
+        if (
+            not isinstance(content, str)
+            or not isinstance(ids, list)
+            or not all(isinstance(one, int) for one in ids)
+        ):
             raise MalformedMessage("the worker's completion event has the wrong form")
-        final = event.get("stop") is True
-        if final:
-            self.timings = dict(event.get("timings") or {})
-            self.finish_reason = "length" if event.get("stop_type") == "limit" else "stop"
+        delta = self._deliver(content, ids)
+        if event.get("stop") is True:
+            self.timings = dict(_mapping(event.get("timings")))
+            self._ended("length" if event.get("stop_type") == "limit" else "stop")
+        return delta
+
+    def _deliver(self, content: str, ids: list[int]) -> Delta | None:
         self._pending += ids
         if not content:
             return None
@@ -278,8 +319,9 @@ class TextJournal(Journal):
     def finish(self) -> Delta | None:
         shown = self._stops.flush()
         self.text += shown
+        seen = _count(self.timings, "prompt_n") + _count(self.timings, "cache_n")
         self.usage = {
-            "prompt_tokens": int(self.timings.get("prompt_n", 0)) + int(self.timings.get("cache_n", 0)),
+            "prompt_tokens": max(0, seen - self._resent),
             "completion_tokens": len(self._ids),
         }
         return Delta(shown) if shown else None
@@ -291,6 +333,7 @@ class TextJournal(Journal):
     @override
     def _reset_attempt(self) -> None:
         self._pending = []
+        self._resent = 0
 
 
 class ChatJournal(Journal):
@@ -316,11 +359,22 @@ class ChatJournal(Journal):
     def tokens(self) -> int:
         return self._count
 
+    @property
     @override
-    def _choose(self) -> Way:
-        if self._only_text and not (self.seeded and not self._no_replay):
+    def complete(self) -> bool:
+        # A delta is a token or more, so that many of them are at least that many tokens.
+        limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
+        if self.finish_reason is None and any(0 < limit <= self._count for limit in limits):
+            self.finish_reason = "length"
+        return self.finish_reason is not None
+
+    @override
+    def _choose(self, took: float) -> Way:
+        if self._replay(took):
+            return Way.REPLAY
+        if self._only_text:
             return Way.PREFILL
-        if (self.seeded or self.greedy) and not self._no_replay:
+        if self.greedy and not self._no_replay:
             return Way.REPLAY
         raise self.lost("tool calls or reasoning were sampled without a seed")
 
@@ -335,7 +389,7 @@ class ChatJournal(Journal):
         body["messages"] = [*self._messages, {"role": "assistant", "content": self.text}]
         body["add_generation_prompt"] = False
         body["continue_final_message"] = True
-        for key in ("max_tokens", "max_completion_tokens", "n_predict"):
+        for key in LIMITS:
             if isinstance(body.get(key), int) and body[key] > 0:
                 body[key] = max(1, body[key] - self._count)
         return body
@@ -343,22 +397,27 @@ class ChatJournal(Journal):
     @override
     def _accept(self, event: Mapping[str, Any]) -> Delta | None:
         if event.get("usage"):
-            self._take_usage(event["usage"])
+            self._take_usage(_mapping(event["usage"]))
         if event.get("timings"):
-            self.timings = dict(event["timings"])
+            self.timings = dict(_mapping(event["timings"]))
         choices = event.get("choices") or []
+        if not isinstance(choices, list):
+            raise MalformedMessage("the worker's chat event has the wrong form")
         if not choices:
             return None
-        choice = choices[0]
+        choice = _mapping(choices[0])
+        fields = _mapping(choice.get("delta"))
+        delta = self._deliver({key: value for key, value in fields.items() if value and key != "role"})
         if choice.get("finish_reason"):
-            self.finish_reason = str(choice["finish_reason"])
-        delta = {key: value for key, value in (choice.get("delta") or {}).items() if value and key != "role"}
-        if not delta:
-            return None
-        return self._deliver(delta)
+            self._ended(str(choice["finish_reason"]))
+        return delta
 
     def _deliver(self, delta: dict[str, Any]) -> Delta | None:
+        if not delta:
+            return None
         content = delta.get("content") or ""
+        if not isinstance(content, str) or not _tool_calls_are_sound(delta.get("tool_calls") or []):
+            raise MalformedMessage("the worker's chat event has the wrong form")
         if self._to_drop:
             key = _flat(delta)
             fresh = self._drop(key)
@@ -377,10 +436,10 @@ class ChatJournal(Journal):
         return Delta(content, message=delta)
 
     def _take_usage(self, usage: Mapping[str, Any]) -> None:
-        completion = int(usage.get("completion_tokens", 0))
+        completion = _count(usage, "completion_tokens")
         if self.way is Way.PREFILL:
             completion = max(completion, self._count)
-        self.usage = {"prompt_tokens": int(usage.get("prompt_tokens", 0)), "completion_tokens": completion}
+        self.usage = {"prompt_tokens": _count(usage, "prompt_tokens"), "completion_tokens": completion}
 
     @override
     def finish(self) -> Delta | None:
@@ -394,6 +453,35 @@ class ChatJournal(Journal):
 def _one(prompt: list[int | str]) -> str | list[int | str]:
     """A prompt of one text goes as that text: the common case stays readable in logs of others."""
     return prompt[0] if len(prompt) == 1 and isinstance(prompt[0], str) else prompt
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    """A JSON object, {} for null. Raises MalformedMessage."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise MalformedMessage("the worker's event has the wrong form")
+    return value
+
+
+def _count(numbers: Mapping[str, Any], key: str) -> int:
+    """A number of tokens, 0 where it is absent. Raises MalformedMessage."""
+    value = numbers.get(key, 0)
+    if not isinstance(value, int) or value < 0:
+        raise MalformedMessage(f"the worker's {key} is no number of tokens")
+    return value
+
+
+def _tool_calls_are_sound(pieces: object) -> bool:
+    """Whether the pieces of tool calls have the form of OpenAI's streaming deltas."""
+    return isinstance(pieces, list) and all(
+        isinstance(piece, Mapping)
+        and isinstance(piece.get("index", 0), int)
+        and 0 <= piece.get("index", 0) < MAX_TOOL_CALLS
+        and isinstance(piece.get("function") or {}, Mapping)
+        and all(isinstance(text, str | None) for text in (piece.get("function") or {}).values())
+        for piece in pieces
+    )
 
 
 def _flat(delta: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 import orjson
 
 from client_sdk.events import MAX_EVENT
-from client_sdk.failover import ReplayDiverged, Way
+from client_sdk.failover import REPLAY_WITHIN, ReplayDiverged, Way
 from mesh.errors import BackendFailed, MalformedMessage, StreamInterrupted
 
 MAX_JOURNAL = 8 << 20
@@ -67,8 +67,11 @@ class Passthrough:
         """Whether anything was delivered."""
         return bool(self._delivered)
 
-    def next_body(self) -> bytes:
-        """The body for the next worker. Raises StreamInterrupted where no way is left."""
+    def next_body(self, took: float) -> bytes:
+        """The body for the next worker; writing what was delivered took this many seconds.
+
+        Raises StreamInterrupted where no way is left.
+        """
         self._rest.clear()
         self._replayed = 0
         if not self.started:
@@ -76,7 +79,8 @@ class Passthrough:
             return orjson.dumps(self.body)
         if self._size > MAX_JOURNAL:
             raise self.lost(f"it is longer than the {MAX_JOURNAL} bytes that are kept for that")
-        if self._text and (self._own_seed or self._no_replay):
+        greedy = self.body.get("temperature") == 0
+        if self._text and (self._no_replay or (self._own_seed and not (greedy and took <= REPLAY_WITHIN))):
             self.way = Way.PREFILL
             return orjson.dumps(self._prefilled(self._text))
         if self._no_replay or self.path not in _SEEDED:

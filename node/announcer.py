@@ -32,6 +32,8 @@ class Announcer:
         self._dht = dht
         self._models = models
         self._wake = asyncio.Event()
+        self.told = asyncio.Event()
+        """Set once the first announcement was tried."""
         self._announced: dict[str, WorkerRecord] = {}
         self._seq = 0
         self._allowance = float(BURST)
@@ -45,6 +47,7 @@ class Announcer:
         """Announce until cancelled."""
         while True:
             await self._announce_all()
+            self.told.set()
             interval = ANNOUNCE_INTERVAL * random.uniform(1 - JITTER, 1 + JITTER)  # noqa: S311 - spreads load
             await self._changed_or(interval)
             await self._respect_limit()

@@ -91,6 +91,7 @@ class Cluster:
         self.members = self._load()
         self._attached = attached
         self._children: list[subprocess.Popen[bytes]] = []
+        self._extra: tuple[str, ...] = ()
 
     async def up(
         self, count: int, extra: Iterable[str] = (), on_ready: Callable[[Member], None] | None = None
@@ -107,6 +108,7 @@ class Cluster:
                 f"a cluster is running in {self.folder}", "End it with `qmesh-node cluster down`."
             )
         self.members = []
+        self._extra = tuple(extra)
         try:
             first = self._spawn(1, extra)
             begun = await _event(first, "starting")
@@ -124,17 +126,31 @@ class Cluster:
             raise
         return self.members
 
+    async def restart(self, member: Member) -> Member:
+        """Start a dead member again in its folder, joined to one that lives; returns the new member.
+
+        Raises ClusterError.
+        """
+        await self._ended([member], STOP_TIMEOUT)
+        alive = [other for other in self.members if other is not member and other.process()]
+        join = ["--join", alive[0].address] if alive else []
+        self.members.remove(member)
+        fresh = self._spawn(member.number, [*self._extra, *join])
+        fresh.ready = await _event(fresh, "ready")
+        self._save()
+        return fresh
+
     async def down(self) -> int:
         """End every node, by SIGTERM and at last by SIGKILL; returns how many were running."""
         alive = [process for member in self.members if (process := member.process())]
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.terminate()
-        if not await self._gone(STOP_TIMEOUT):
+        if not await self._ended(self.members, STOP_TIMEOUT):
             for process in alive:
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
-            await self._gone(STOP_TIMEOUT)
+            await self._ended(self.members, STOP_TIMEOUT)
         for child in self._children:
             if child.stdin is not None:
                 child.stdin.close()
@@ -160,12 +176,12 @@ class Cluster:
         self.members.append(member)
         return member
 
-    async def _gone(self, timeout: float) -> bool:
+    async def _ended(self, members: Iterable[Member], timeout: float) -> bool:
         until = time.monotonic() + timeout
         while True:
             for child in self._children:
                 child.poll()  # reaps it
-            if not any(member.process() for member in self.members):
+            if not any(member.process() for member in members):
                 return True
             if time.monotonic() > until:
                 return False
