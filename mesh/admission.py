@@ -51,14 +51,18 @@ class Refusal:
 
 def network_of(host: str) -> IPNetwork | None:
     """The /24 (IPv4, also mapped into IPv6) or /64 that an address counts under; None for loopback."""
-    address: IPv4Address | IPv6Address = ip_address(host.partition("%")[0])
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
+    address = _address(host)
     if address.is_loopback:
         return None
     if isinstance(address, IPv4Address):
         return IPv4Network((int(address) & ~0xFF, 24))
     return IPv6Network((int(address) >> 64 << 64, 64))
+
+
+def _address(host: str) -> IPv4Address | IPv6Address:
+    address = ip_address(host.partition("%")[0])
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 class Admission:
@@ -87,7 +91,7 @@ class Admission:
         The one that has to leave is no longer counted. Raises ValueError if `host` is no IP address.
         """
         policy = self.policy
-        address = ip_address(host.partition("%")[0])
+        address = _address(host)
         if any(address in network for network in policy.deny_networks):
             return Refusal(ErrorCode.UNAUTHORIZED, "this address is not served"), None
         if len(self._half_open) + len(self._proven) >= policy.max_connections:

@@ -8,7 +8,9 @@ stream is over, whichever side caused it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from mesh.errors import (
@@ -28,11 +30,13 @@ from mesh.frames import (
     End,
     GoAway,
     Head,
+    Message,
     Meta,
     Open,
     Ping,
     Pong,
     Reset,
+    Unknown,
     decode,
     encode,
 )
@@ -81,8 +85,8 @@ class ConnectionState:
     """
 
     __slots__ = (
-        "_deframer", "_extra_window", "_initiator", "_last_peer_sid", "_load",
-        "_next_sid", "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs",
+        "_deframer", "_extra_window", "_frames", "_ignored_opens", "_initiator", "_last_peer_sid", "_load",
+        "_messages", "_next_sid", "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs",
         "_receive", "_rekey_after", "_reset_budget", "_reset_budget_at", "_send",
         "_waiting_ping", "failed", "finished", "goaway_received", "goaway_sent", "heard",
         "last_heard", "max_streams", "outbox", "own_streams", "peer_streams", "streams",
@@ -108,10 +112,13 @@ class ConnectionState:
         self._peer_max_streams = peer_max_streams
         self._peer_window = peer_window
         self._deframer = Deframer()
+        self._frames: deque[bytes] = deque()
+        self._messages: Iterator[Message | Unknown] | None = None
         self._pings: dict[int, float] = {}
         self._waiting_ping = False
         self._next_sid = 1 if initiator else 2
         self._last_peer_sid = 0
+        self._ignored_opens = 0
         self._next_token = 1
         self._extra_window = 0
         self._reset_budget = RESET_BURST
@@ -235,23 +242,44 @@ class ConnectionState:
 
     # --- what arrives --------------------------------------------------------------------------
 
-    def receive(self, data: bytes | memoryview, now: float) -> list[Event]:
-        """Bytes from the socket. After a `Failed` event the connection is dead and takes no more."""
+    def receive(self, data: bytes | memoryview, now: float, at_most: int | None = None) -> list[Event]:
+        """Bytes from the socket; deals with `at_most` messages and keeps the rest as `backlog`.
+
+        After a `Failed` event the connection is dead and takes no more.
+        """
         events: list[Event] = []
         if self.failed:
             return events
-        self.last_heard = now
         try:
-            for ciphertext in self._deframer.feed(data):
-                plaintext = self._receive.decrypt(ciphertext)
-                if self._receive.nonce % self._rekey_after == 0:
-                    self._receive.rekey()
-                self.heard = True
-                for message in decode(plaintext):
-                    _ON[type(message)](self, message, now, events)
+            if data:
+                self.last_heard = now
+                self._frames += self._deframer.feed(data)
+            self._work_off(now, at_most or sys.maxsize, events)
         except ProtocolError as error:
             self._fail(error, events)
         return events
+
+    @property
+    def backlog(self) -> bool:
+        """Whether more was received than was dealt with."""
+        return not self.failed and (self._messages is not None or bool(self._frames))
+
+    def _work_off(self, now: float, at_most: int, events: list[Event]) -> None:
+        done = 0
+        while done < at_most and (self._messages is not None or self._frames):
+            if self._messages is None:
+                plaintext = self._receive.decrypt(self._frames.popleft())
+                if self._receive.nonce % self._rekey_after == 0:
+                    self._receive.rekey()
+                self.heard = True
+                self._messages = decode(plaintext)
+                done += 1
+            for message in self._messages:
+                _ON[type(message)](self, message, now, events)
+                done += 1
+                if done >= at_most:
+                    return
+            self._messages = None
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due: PING a silent peer, give up a dead one, reset streams without credit."""
@@ -291,8 +319,11 @@ class ConnectionState:
             raise MalformedMessage("the peer opened a stream with an id of ours")
         if sid <= self._last_peer_sid:
             raise MalformedMessage("the peer used a stream id twice")
-        if self.goaway_sent:
-            return  # above GOAWAY's last_sid: the peer knows that it was not started
+        if self.goaway_sent:  # above its last_sid, so the peer will know that it was not started
+            self._ignored_opens += 1
+            if self._ignored_opens > self.max_streams:
+                raise ProtocolError("the peer goes on opening streams after GOAWAY")
+            return
         self._last_peer_sid = sid
         if self.peer_streams >= self.max_streams:
             self._spend_reset(now)
@@ -348,9 +379,9 @@ class ConnectionState:
         stream = self._find(message.sid)
         if stream is None:
             return
-        stream.send_credit += message.amount
-        if stream.send_credit > MAX_CREDIT:
+        if stream.send_credit + message.amount > MAX_CREDIT:
             raise MalformedMessage(f"more than {MAX_CREDIT} bytes of credit on one stream")
+        stream.send_credit += message.amount
         stream.blocked_since = None
         self.outbox.schedule(stream)
 
@@ -451,6 +482,7 @@ _ON: dict[type, Callable[..., None]] = {
     Ping: ConnectionState._on_ping,
     Pong: ConnectionState._on_pong,
     GoAway: ConnectionState._on_goaway,
+    Unknown: lambda *_: None,
 }
 
 

@@ -8,7 +8,7 @@ from the future, which are skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -108,6 +108,13 @@ class Head:
     meta: Meta
 
 
+@dataclass(slots=True)
+class Unknown:
+    """A type from a later version of the protocol: skipped."""
+
+    kind: int
+
+
 Message = Open | Data | End | Reset | Credit | Ping | Pong | GoAway | Head
 
 
@@ -204,34 +211,32 @@ def encode(message: Message) -> bytes:
     return packed
 
 
-def decode(plaintext: bytes) -> list[Message]:
-    """The messages of a frame in order; types above 8 are skipped.
+def decode(plaintext: bytes) -> Iterator[Message | Unknown]:
+    """The messages of a frame in order.
 
+    Decodes while it is iterated, so that a frame full of tiny messages can be dealt with in parts.
     Raises MalformedMessage for anything else that is not exactly one or more messages.
     """
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_PLAINTEXT, max_array_len=MAX_META_ITEMS, max_map_len=MAX_META_ITEMS, max_ext_len=0
     )
-    messages: list[Message] = []
-    if not plaintext:
+    unpacker.feed(plaintext)
+    size = len(plaintext)
+    if not size:
         raise MalformedMessage("an empty frame")
-    try:
-        unpacker.feed(plaintext)
-        while unpacker.tell() < len(plaintext):
-            message = _decode_one(unpacker.unpack())
-            if message is not None:
-                messages.append(message)
-    except msgpack.OutOfData as error:
-        raise MalformedMessage("a frame ends in the middle of a message") from error
-    except (ValueError, IndexError, msgpack.UnpackException) as error:
-        raise MalformedMessage(f"not a message: {error or type(error).__name__}") from error
-    return messages
+    while unpacker.tell() < size:
+        try:
+            yield _decode_one(unpacker.unpack())
+        except msgpack.OutOfData as error:
+            raise MalformedMessage("a frame ends in the middle of a message") from error
+        except (ValueError, IndexError, msgpack.UnpackException) as error:
+            raise MalformedMessage(f"not a message: {error or type(error).__name__}") from error
 
 
-def _decode_one(fields: object) -> Message | None:
+def _decode_one(fields: object) -> Message | Unknown:
     if type(fields) is not list or not fields or type(fields[0]) is not int or fields[0] < 0:
         raise MalformedMessage("a message is an array that starts with its type")
-    return _DECODERS[fields[0]](fields) if fields[0] < len(_DECODERS) else None
+    return _DECODERS[fields[0]](fields) if fields[0] < len(_DECODERS) else Unknown(fields[0])
 
 
 def _decode_open(fields: list[Any]) -> Message:

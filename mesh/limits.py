@@ -56,6 +56,8 @@ WRITE_HIGH_WATER: Final = 256 << 10
 """Bytes queued in a socket before the writer waits."""
 READ_BUFFER: Final = 256 << 10
 """Bytes read from a socket at once; one buffer serves all connections of a thread."""
+MESSAGES_PER_TURN: Final = 32
+"""What one connection may have done before all others have had their turn."""
 CLOSE_TIMEOUT: Final = 2.0
 """What is still queued when a connection is closed has this long to leave."""
 CONNECT_STAGGER: Final = 0.25

@@ -25,7 +25,7 @@ from mesh.errors import (
 from mesh.frames import Data, End, GoAway, Head, Meta, Open, Reset
 from mesh.handshake import Agreed
 from mesh.identity import short_id
-from mesh.limits import CLOSE_TIMEOUT, DEAD_AFTER_IDLE, SEND_BUFFER, WRITE_HIGH_WATER
+from mesh.limits import CLOSE_TIMEOUT, DEAD_AFTER_IDLE, MESSAGES_PER_TURN, SEND_BUFFER, WRITE_HIGH_WATER
 from mesh.transport.sockets import peer_address, read_buffer
 from mesh.transport.stream import NO_META, Handler, Stream
 
@@ -202,10 +202,22 @@ class Connection(asyncio.BufferedProtocol):
 
     def feed(self, data: bytes | memoryview) -> None:
         """Bytes from the socket, also those that came right behind the handshake."""
-        self._handle(self.state.receive(data, monotonic()))
+        self._handle(self.state.receive(data, monotonic(), MESSAGES_PER_TURN))
         if self._on_heard is not None and self.state.heard:
             on_heard, self._on_heard = self._on_heard, None
             on_heard(self)
+        if self.state.backlog and not self.closed and self._transport is not None:
+            self._transport.pause_reading()  # others have their turn first
+            self._loop.call_soon(self._work_off)
+
+    def _work_off(self) -> None:
+        if self.closed or self._transport is None:
+            return
+        self._handle(self.state.receive(b"", monotonic(), MESSAGES_PER_TURN))
+        if self.state.backlog:
+            self._loop.call_soon(self._work_off)
+        elif not self._transport.is_closing():
+            self._transport.resume_reading()
 
     def eof_received(self) -> bool:
         """The peer sends no more: nothing can come of the connection."""
@@ -222,6 +234,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The socket is gone."""
+        if self.state.backlog and not self.closed:
+            self._handle(self.state.receive(b"", monotonic()))
         lost = f"lost: {exc}" if exc else "closed by the peer"
         reason = self._goaway_reason() or lost
         self._end(reason, ConnectionClosed(reason))
@@ -382,7 +396,9 @@ class Connection(asyncio.BufferedProtocol):
 
     def _goaway_reason(self) -> str | None:
         goaway = self.state.goaway_received
-        return goaway and f"closed by the peer: {goaway.message or f'code {goaway.code}'}"
+        if goaway is None:
+            return None
+        return f"closed by the peer: {goaway.message or f'code {goaway.code}'}"
 
     def _closed_error(self) -> ConnectionClosed:
         error = ConnectionClosed(f"the connection to {short_id(self.peer_id)} is over: {self.close_reason}")

@@ -216,29 +216,36 @@ async def _first(
     """The first attempt that succeeds, staggered. Raises the most telling error if none does."""
     waiting = deque(addresses)
     running: set[asyncio.Task[Connection]] = set()
-    connected: list[Connection] = []
     errors: list[QMeshError] = []
+    winner: Connection | None = None
     try:
-        while not connected and (waiting or running):
+        while winner is None and (waiting or running):
             if waiting:
                 running.add(asyncio.create_task(attempt(*waiting.popleft())))
             timeout = CONNECT_STAGGER if waiting else None
-            done, running = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            for task in [task for task in running if task.done()]:
                 try:
-                    connected.append(task.result())
+                    winner = winner or task.result()
                 except (ProtocolError, TransportError) as error:
                     errors.append(error)
-    finally:
-        for task in running:
-            task.cancel()
-        late = await asyncio.gather(*running, return_exceptions=True)
-        connected += [result for result in late if isinstance(result, Connection)]
-        for loser in connected[1:]:
-            loser.abort()
-    if connected:
-        return connected[0]
+                    running.discard(task)
+        await _drop(running, keep=winner)
+    except BaseException:  # nobody waits any more: not for the winner either
+        await _drop(running, keep=None)
+        raise
+    if winner is not None:
+        return winner
     raise next(
         (one for one in errors if isinstance(one, ProtocolError)),
         ConnectFailed("; ".join(str(one) for one in errors)),
     )
+
+
+async def _drop(attempts: Iterable[asyncio.Task[Connection]], keep: Connection | None) -> None:
+    """End attempts, with the connections that they may have made already."""
+    for task in attempts:
+        task.cancel()
+    for result in await asyncio.gather(*attempts, return_exceptions=True):
+        if isinstance(result, Connection) and result is not keep:
+            result.abort()

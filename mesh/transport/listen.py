@@ -24,7 +24,7 @@ from mesh.transport.stream import Handler
 
 logger = logging.getLogger("mesh.wire")
 
-_BACKLOG = 512
+_BACKLOG = 128
 
 
 async def serve(

@@ -590,7 +590,7 @@ def test_a_tampering_hand_between_is_noticed_and_sees_nothing(
             assert await read_all(stream) == b"an answer in clear"
             assert b"prompt" not in seen
             assert b"answer" not in seen
-            assert ALICE.id not in seen
+            assert seen.find(ALICE.id) < 0
             tamper.set()
             stream = await connection.open("echo", {}, b"more")
             with pytest.raises(ConnectionClosed):

@@ -14,10 +14,25 @@ from mesh.errors import (
     ErrorCode,
     FlowControl,
     MalformedMessage,
+    ProtocolError,
     ShuttingDown,
     Unauthorized,
 )
-from mesh.frames import Credit, Data, End, GoAway, Head, Message, Open, Ping, Pong, Reset, decode, encode
+from mesh.frames import (
+    Credit,
+    Data,
+    End,
+    GoAway,
+    Head,
+    Message,
+    Open,
+    Ping,
+    Pong,
+    Reset,
+    Unknown,
+    decode,
+    encode,
+)
 from mesh.limits import (
     CREDIT_DEADLINE,
     DEAD_AFTER_IDLE,
@@ -41,11 +56,11 @@ def failure(events: list[Event]) -> Exception:
     return event.error
 
 
-def sent(link: Link, *, by_responder: bool = False) -> list[list[Message]]:
+def sent(link: Link, *, by_responder: bool = False) -> list[list[Message | Unknown]]:
     """The frames that one end has to send, decoded by looking over the other's shoulder."""
     end, other = (link.responder, link.initiator) if by_responder else (link.initiator, link.responder)
     pieces = end.outbox.pull(1 << 30)
-    return [decode(other._receive.decrypt(ciphertext)) for ciphertext in pieces[1::2]]
+    return [list(decode(other._receive.decrypt(ciphertext))) for ciphertext in pieces[1::2]]
 
 
 def inject(link: Link, *messages: Message, to_initiator: bool = False) -> list[Event]:
@@ -275,6 +290,13 @@ def test_a_flood_of_resets_ends_in_goaway() -> None:
     assert (goaway.last_sid, goaway.code) == (other, ErrorCode.FLOW_CONTROL)
     link.responder.end(other, {})
     assert link.settle()[1] == [End(other, {})], "what was open goes on"
+
+
+def test_opening_streams_after_goaway_without_end_is_fatal() -> None:
+    link = Link(max_streams=3)
+    link.responder.goaway(ErrorCode.SHUTTING_DOWN)
+    assert inject(link, *(Open(sid, "infer", {}) for sid in (1, 3, 5))) == []
+    assert type(failure(inject(link, Open(7, "infer", {})))) is ProtocolError
 
 
 def test_resets_by_the_side_that_answers_are_free() -> None:

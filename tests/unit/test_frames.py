@@ -18,6 +18,7 @@ from mesh.frames import (
     Ping,
     Pong,
     Reset,
+    Unknown,
     decode,
     encode,
     prefix_length,
@@ -42,12 +43,12 @@ EXAMPLES: list[tuple[Message, str]] = [
 @pytest.mark.parametrize(("message", "wire"), EXAMPLES, ids=lambda value: type(value).__name__)
 def test_exact_bytes_of_every_message(message: Message, wire: str) -> None:
     assert encode(message).hex() == wire
-    assert decode(bytes.fromhex(wire)) == [message]
+    assert list(decode(bytes.fromhex(wire))) == [message]
 
 
 def test_one_frame_holds_many_messages() -> None:
     plaintext = b"".join(encode(message) for message, _ in EXAMPLES)
-    assert decode(plaintext) == [message for message, _ in EXAMPLES]
+    assert list(decode(plaintext)) == [message for message, _ in EXAMPLES]
 
 
 def test_longer_arrays_and_future_types_are_accepted_and_skipped() -> None:
@@ -57,7 +58,7 @@ def test_longer_arrays_and_future_types_are_accepted_and_skipped() -> None:
         + msgpack.packb([200])
         + msgpack.packb([3, 1, 7, "", None])
     )
-    assert decode(plaintext) == [Ping(1), Reset(1, 7)]
+    assert list(decode(plaintext)) == [Unknown(9), Ping(1), Unknown(200), Reset(1, 7)]
 
 
 def nested(depth: int) -> Any:
@@ -112,7 +113,7 @@ MALFORMED: dict[str, bytes] = {
 @pytest.mark.parametrize("plaintext", MALFORMED.values(), ids=[name.replace(" ", "-") for name in MALFORMED])
 def test_malformed_frames_are_refused(plaintext: bytes) -> None:
     with pytest.raises(MalformedMessage):
-        decode(plaintext)
+        list(decode(plaintext))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_malformed_frames_are_refused(plaintext: bytes) -> None:
     ids=["object", "set", "key", "depth", "items", "size", "integer"],
 )
 def test_what_no_peer_would_accept_is_not_encoded(meta: Any) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"\w"):
         encode(Open(1, "infer", meta))
 
 
@@ -137,7 +138,7 @@ def test_the_largest_meta_fits() -> None:
     room = MAX_PLAINTEXT - len(encode(End(1, {"k": "x" * 60_000}))) + 60_000
     message = End(1, {"k": "x" * room})
     assert len(encode(message)) == MAX_PLAINTEXT
-    assert decode(encode(message)) == [message]
+    assert list(decode(encode(message))) == [message]
 
 
 def test_frames_are_cut_out_of_any_chunks() -> None:

@@ -127,7 +127,7 @@ def test_asking_for_the_id() -> None:
     assert open_whois_reply(OPEN, reply) == BOB.id
     sealed = body(whois_reply(PRIVATE, BOB.id, bytes(24)))
     assert len(sealed) == 72
-    assert BOB.id not in sealed
+    assert sealed.find(BOB.id) < 0
     assert open_whois_reply(PRIVATE, sealed) == BOB.id
     for network, wrong in (
         (OPEN, sealed),
