@@ -30,6 +30,8 @@ LOAD_BOUND = 1.25
 DEFAULT_GENERATION_SPEED = 20.0
 DEFAULT_PROMPT_SPEED = 200.0
 DEFAULT_RTT = 0.05
+SLOWEST = 0.01
+"""Tokens/s that any worker is taken to reach, so that no claim makes a cost infinite."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +74,7 @@ def expected(record: WorkerRecord, board: Scoreboard, need: Need, now: float) ->
     slots = max(1, score.slots or record.slots)
     generation = score.generation_speed.blend(record.generation_speed, now) or DEFAULT_GENERATION_SPEED
     prompt = score.prompt_speed.blend(record.prompt_speed, now) or DEFAULT_PROMPT_SPEED
+    prompt, generation = max(prompt, SLOWEST), max(generation, SLOWEST)
     service = need.prompt_tokens / prompt + need.answer_tokens / generation
     # A worker that was slow to speak is so for reasons that its speeds do not tell.
     slow = max(0.0, score.first_token.blend(0.0, now) - need.prompt_tokens / prompt)
