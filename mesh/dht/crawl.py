@@ -114,6 +114,9 @@ class Crawl:
 
     def _learn(self, contact_id: bytes, address: Address, teller: _Candidate | None) -> None:
         known = self._known.get(contact_id)
+        if contact_id == self._protocol.source_node.id:
+            self._protocol.met_own_id(address)
+            return
         if known is not None:
             if teller is not None and known.state is _State.NEW and teller not in known.tellers:
                 known.tellers.append(teller)
@@ -121,7 +124,6 @@ class Crawl:
         if (
             len(self._known) >= limits.MAX_CANDIDATES
             or address in self._addresses
-            or contact_id == self._protocol.source_node.id
             or self._protocol.is_silent(address)
             or not self._protocol.reachable(address)
         ):

@@ -35,8 +35,8 @@ WITHDRAW_DEADLINE: Final = 1.5
 RESOLVE_DEADLINE: Final = 5.0
 
 MIN_REQUEST: Final = 29
-FIND_REQUEST_SIZE: Final = 400
-"""A find request without a token is padded to this, so that three times as much may be answered."""
+LEAST_SIZES: Final = {"ping": 80, "find_node": 400, "find_value": 400}
+"""Requests without a token are padded to this, so that the whole answer is within three times as much."""
 MAX_PENDING: Final = 4096
 MAX_VERIFYING: Final = 32
 MAX_REMEMBERED_TOKENS: Final = 2048

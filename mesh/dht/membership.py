@@ -130,7 +130,7 @@ class Membership:
         if address is not None:
             contact = await self._protocol.meet(address, seed.found)
             if contact is None:
-                seed.reason = f"no answer from {address[0]}:{address[1]} over UDP"
+                seed.reason = self._why_silent(address)
         # Seeds are asked the more rarely the more nodes there are to ask them.
         pause = max(limits.SEED_INTERVAL, float(len(self._table)))
         if contact is None:
@@ -142,9 +142,21 @@ class Membership:
         before, seed.contact_id = seed.contact_id, None if contact is None else contact.id
         return contact is not None and contact.id != before
 
+    def _why_silent(self, address: Address) -> str:
+        reason = f"no answer from {address[0]}:{address[1]} over UDP"
+        if self._table.isolated and self._protocol.socket_error is not None:
+            return f"{reason}; the system refuses to send: {self._protocol.socket_error}"
+        return reason
+
     async def _resolve(self, seed: _Seed) -> Address | None:
         with contextlib.suppress(ValueError):
-            return normal(seed.host), seed.port
+            address = (normal(seed.host), seed.port)
+            if not self._protocol.reachable(address):
+                seed.reason = (
+                    f"this node's socket has no way to {seed.host}: it is bound to the other IP version"
+                )
+                return None
+            return address
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limits.RESOLVE_DEADLINE):
@@ -155,7 +167,7 @@ class Membership:
         addresses = [(normal(str(info[4][0])), seed.port) for info in found]
         usable = [address for address in addresses if self._protocol.reachable(address)]
         if not usable:
-            seed.reason = f"{seed.host} has no address that this socket reaches"
+            seed.reason = f"{seed.host} has no address of the IP version that this node's socket is bound to"
             return None
         return usable[seed.failures % len(usable)]
 

@@ -18,7 +18,7 @@ from mesh.dht.datagrams import Codec
 from mesh.dht.environment import Environment
 from mesh.dht.lookups import Lookups
 from mesh.dht.membership import Membership
-from mesh.dht.protocol import MeshProtocol
+from mesh.dht.protocol import Duplicate, MeshProtocol
 from mesh.dht.rpc import Traffic
 from mesh.dht.store import RecordStore
 from mesh.dht.table import Table
@@ -225,6 +225,10 @@ class Dht:
         for teller, seen in self._parts.protocol.seen_addresses.items():
             votes.setdefault(seen, set()).add(subnet(teller[0]))
         return max(votes, key=lambda seen: len(votes[seen]), default=None)
+
+    async def duplicate(self) -> Duplicate:
+        """Wait until another running node shows that it has our identity, which may be never."""
+        return await asyncio.shield(self._parts.protocol.duplicate)
 
     @property
     def holdings(self) -> Holdings:

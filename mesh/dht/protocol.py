@@ -5,6 +5,8 @@ Four methods (docs/discovery.md gives their arrays): ``ping``, ``find_node``, ``
 
 from __future__ import annotations
 
+import asyncio
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from mesh.records import KEY_SIZE
 _PONG_DOMAIN = b"qmesh/dht/1"
 """Keeps a pong's signature from passing for one over anything else."""
 _NONCE_SIZE = 16
+_INSTANCE_SIZE = 16
+_OWN_ADDRESS_MEMORY = 60.0
 _SEEN_ADDRESSES = 64
 _FIND_HEAD = OVERHEAD + 64
 """Bytes of a find reply besides its neighbours and records: ids, token, counts and msgpack's own."""
@@ -43,11 +47,25 @@ class _Ping:
     found: str
 
 
+@dataclass(frozen=True, slots=True)
+class Duplicate:
+    """Another running node has our identity. The one that started `later` is to stop."""
+
+    address: Address
+    later: bool
+    """Whether we are that one."""
+
+
 class MeshProtocol(RpcProtocol):
     """One node's side of the DHT."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
+        started = int(self.environment.wall() * 1000).to_bytes(8)
+        self._instance = started + self.environment.rng.randbytes(_INSTANCE_SIZE - 8)
+        """When we started, then chance: who tells us the same instance is ourselves."""
+        self.duplicate: asyncio.Future[Duplicate] = asyncio.get_running_loop().create_future()
+        self._own_addresses = Recent(_SEEN_ADDRESSES)
         self.seen_addresses = Recent(_SEEN_ADDRESSES)
         """Where peers see us, by their address."""
         self._verifying: set[Address] = set()
@@ -68,12 +86,13 @@ class MeshProtocol(RpcProtocol):
         return handler(request)
 
     def rpc_ping(self, request: Request) -> Reply:
-        """``[nonce] → [seen address, unix ms, signature]``: proves the id, tells the asker its address."""
+        """``[nonce] → [seen address, unix ms, instance, signature]``: proves who we are and since when."""
         match request.arguments:
             case [bytes(nonce), *_] if len(nonce) == _NONCE_SIZE:
                 seen = pack_address(request.address)
                 now = int(self.environment.wall() * 1000)
-                return [seen, now, self.identity.sign(_pong_text(nonce, seen, now))]
+                signature = self.identity.sign(_pong_text(nonce, seen, now, self._instance))
+                return [seen, now, self._instance, signature]
         raise MalformedMessage("not a ping")
 
     def rpc_find_node(self, request: Request) -> Reply:
@@ -119,7 +138,7 @@ class MeshProtocol(RpcProtocol):
         room = request.budget - _FIND_HEAD
         packed = b""
         for contact in self.router.closest(target, most):
-            if contact.node_id == request.asker or not may_introduce(request.address[0], contact.ip):
+            if contact.address == request.address or not may_introduce(request.address[0], contact.ip):
                 continue
             if len(packed) + len(contact.packed) > room:
                 break
@@ -133,10 +152,19 @@ class MeshProtocol(RpcProtocol):
         self.forget_silence(address)
         contact_id = dht_id(node_id)
         contact = self.router.get(contact_id)
-        if contact is not None and contact.address == address:
+        if contact_id == self.source_node.id:
+            self.met_own_id(address)
+        elif contact is not None and contact.address == address:
             contact.seen(self.environment.clock())
         elif self.router.wants(contact_id, address):
             self._verify(address, contact_id)
+
+    def met_own_id(self, address: Address) -> None:
+        """Somebody says that our id is at an address: ours, or of another node with our key."""
+        now = self.environment.clock()
+        if now - (self._own_addresses.get(address) or -math.inf) > _OWN_ADDRESS_MEMORY:
+            self._own_addresses.set(address, now)
+            self._verify(address, self.source_node.id)
 
     def _verify(self, address: Address, contact_id: bytes) -> None:
         """Ping a peer that was met; it enters the table if it proves its id."""
@@ -172,25 +200,33 @@ class MeshProtocol(RpcProtocol):
         contact = self._proven(ping, reply)
         if contact is None:
             return None
-        if self.router.isolated:
-            # We were without a network, and blamed the others for it.
-            self.forget_silence()
-        self.router.add(contact)
         if reply[1] != ping.token and not self.client:
             # The peer could not trust our first ping; this one shows its token, so that it can meet us.
             arguments = self.ping_arguments()
             self.request(ping.address, "ping", arguments, lambda _: None, contact_id=contact.id)
+        if contact.id == self.source_node.id:
+            self._compare_instances(ping.address, reply[4])
+            return None
+        if self.router.isolated:
+            # We were without a network, and blamed the others for it.
+            self.forget_silence()
+        self.router.add(contact)
         return contact
+
+    def _compare_instances(self, address: Address, instance: bytes) -> None:
+        self._own_addresses.set(address, self.environment.clock())
+        if instance != self._instance and not self.duplicate.done():
+            self.duplicate.set_result(Duplicate(address, self._instance > instance))
 
     def _proven(self, ping: _Ping, reply: Reply) -> Contact | None:
         match reply:
-            case [bytes(node_id), _, bytes(seen), int(unix_ms), bytes(signature), *_] if (
-                0 <= unix_ms < 1 << 53
+            case [bytes(node_id), _, bytes(seen), int(unix_ms), bytes(instance), bytes(signature), *_] if (
+                0 <= unix_ms < 1 << 53 and len(instance) == _INSTANCE_SIZE
             ):
                 pass
             case _:
                 return None
-        if not verify(node_id, _pong_text(ping.nonce, seen, unix_ms), signature):
+        if not verify(node_id, _pong_text(ping.nonce, seen, unix_ms, instance), signature):
             return None
         now = self.environment.clock()
         contact = Contact(node_id, ping.address, ping.found, now)
@@ -204,5 +240,5 @@ class MeshProtocol(RpcProtocol):
         return contact
 
 
-def _pong_text(nonce: bytes, seen: bytes, unix_ms: int) -> bytes:
-    return _PONG_DOMAIN + nonce + seen + unix_ms.to_bytes(8)
+def _pong_text(nonce: bytes, seen: bytes, unix_ms: int, instance: bytes) -> bytes:
+    return _PONG_DOMAIN + nonce + seen + unix_ms.to_bytes(8) + instance

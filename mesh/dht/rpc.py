@@ -120,6 +120,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         self.environment = environment
         self.traffic = Traffic()
         self.transport: asyncio.DatagramTransport | None = None
+        self.socket_error: OSError | None = None
+        """The last refusal of the system to send."""
         self._codec = codec
         self._issued = Tokens(environment.rng.randbytes(32))
         self._pending: dict[bytes, _Pending] = {}
@@ -143,7 +145,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
             self._dual_stack = not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
 
     def error_received(self, exc: OSError) -> None:
-        """asyncio: an ICMP error. The timeout of the request says the same, of the right peer."""
+        """asyncio: the system would not send. Whom it concerns, the timeout of the request tells."""
+        self.socket_error = exc
 
     def reachable(self, address: Address) -> bool:
         """Whether the socket can send there at all."""
@@ -244,9 +247,9 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         asker = b"" if self.client else self.identity.id
         payload = [asker, token, *arguments]
         data = self._codec.encode(REQUEST, message_id, [method, payload])
-        if not token and method.startswith("find_"):
-            padding = bytes(max(0, limits.FIND_REQUEST_SIZE - len(data)))
-            data = self._codec.encode(REQUEST, message_id, [method, [*payload, padding]])
+        lacking = limits.LEAST_SIZES.get(method, 0) - len(data)
+        if not token and lacking > 0:
+            data = self._codec.encode(REQUEST, message_id, [method, [*payload, bytes(lacking)]])
         pending = _Pending(address, contact_id, self.environment.clock(), done, slow)
         self._pending[message_id] = pending
         loop = asyncio.get_running_loop()
@@ -315,7 +318,7 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
                 contact_id = dht_id(node_id)
             case _:
                 contact_id = b""
-        if contact_id in (b"", self.source_node.id) or pending.contact_id not in (None, contact_id):
+        if not contact_id or pending.contact_id not in (None, contact_id):
             self._failed(address)
             pending.done(None)
             return

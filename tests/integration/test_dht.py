@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from mesh.dht import Dht
+from mesh.dht import Dht, Duplicate
 from mesh.dht.datagrams import Codec
 from mesh.dht.store import Outcome
 from mesh.errors import ConfigurationError, DeadlineExceeded
@@ -373,3 +373,26 @@ async def test_a_busy_port_is_an_oserror() -> None:
     async with mesh(1) as [(dht, _)]:
         with pytest.raises(OSError, match="in use"):
             await Dht(Identity(), OPEN).start(*dht.address)
+
+
+async def test_a_second_node_with_the_same_identity_is_noticed_by_both() -> None:
+    async with mesh(4) as nodes:
+        await until(lambda: all(len(dht.peers) == 3 for dht, _ in nodes))
+        first, identity = nodes[2]
+        async with running(Dht(identity, OPEN), nodes[0][0]) as second:
+            noticed = await asyncio.wait_for(
+                asyncio.gather(first.duplicate(), second.duplicate()), seconds(10)
+            )
+            assert tuple(noticed) == (
+                Duplicate(second.address, later=False),
+                Duplicate(first.address, later=True),
+            )
+
+
+async def test_a_node_that_meets_itself_is_no_duplicate() -> None:
+    async with mesh(2) as [(dht, _), (other, _)]:
+        dht.join([dht.address])
+        await until(lambda: dht.address in dht.unreached and bool(dht.peers))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(dht.duplicate(), 0.5)
+        assert [peer.port for peer in dht.peers] == [other.address[1]]
