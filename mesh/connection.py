@@ -1,9 +1,7 @@
 """One connection after its handshake: streams, credit, priorities, liveness and leaving. Pure.
 
-Bytes and the time come in through `receive` and `tick`, which return events; what is to be sent is
-collected in the `outbox` and pulled from there as whole frames. Events are the peer's messages that the application
-must hear of, in the order of their arrival, and `Ponged` and `Failed`. A `Reset` event means that the
-stream is over, whichever side caused it.
+Bytes and the time come in through `receive` and `tick`, which return events (`mesh.events`); what is to
+be sent is collected in the `outbox` and pulled from there as whole frames.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from mesh.errors import (
     ConnectionClosed,
@@ -19,10 +16,10 @@ from mesh.errors import (
     ErrorCode,
     MalformedMessage,
     ProtocolError,
-    RemoteError,
     TransportError,
     remote_error,
 )
+from mesh.events import Event, Failed, Ponged, goaway_error
 from mesh.frames import (
     Credit,
     Data,
@@ -42,40 +39,20 @@ from mesh.frames import (
 )
 from mesh.limits import (
     CREDIT_DEADLINE,
-    DEAD_AFTER_IDLE,
     INITIAL_CREDIT,
     MAX_CONNECTION_CREDIT,
     MAX_CREDIT,
     MAX_SID,
     MAX_STREAMS,
     MAX_TEXT,
-    PING_AFTER_IDLE,
     REKEY_AFTER_FRAMES,
     RESET_BURST,
     RESETS_PER_SECOND,
 )
+from mesh.liveness import Health, Liveness, TokenBucket
 from mesh.noise import CipherState
 from mesh.outbox import Outbox
 from mesh.streams import StreamState
-
-
-@dataclass(slots=True)
-class Ponged:
-    """The answer to a PING of ours: the round trip in seconds and the peer's load."""
-
-    token: int
-    rtt: float
-    load: Meta
-
-
-@dataclass(slots=True)
-class Failed:
-    """The connection is over: the peer broke the protocol, or is silent."""
-
-    error: ProtocolError | TransportError
-
-
-Event = Open | Head | Data | End | Reset | GoAway | Ponged | Failed
 
 
 class ConnectionState:
@@ -85,11 +62,11 @@ class ConnectionState:
     """
 
     __slots__ = (
-        "_deframer", "_extra_window", "_frames", "_ignored_opens", "_initiator", "_last_peer_sid", "_load",
-        "_messages", "_next_sid", "_next_token", "_peer_max_streams", "_peer_window", "_pings", "_pongs",
-        "_receive", "_rekey_after", "_reset_budget", "_reset_budget_at", "_send",
-        "_waiting_ping", "failed", "finished", "goaway_received", "goaway_sent", "heard",
-        "last_heard", "max_streams", "outbox", "own_streams", "peer_streams", "streams",
+        "_deframer", "_extra_window", "_frames", "_ignored_opens", "_initiator", "_last_peer_sid", "_liveness",
+        "_messages", "_next_sid", "_peer_max_streams", "_peer_window",
+        "_receive", "_rekey_after", "_resets",
+        "failed", "finished", "goaway_received", "goaway_sent", "heard",
+        "max_streams", "outbox", "own_streams", "peer_streams", "streams",
     )  # fmt: skip
 
     def __init__(
@@ -114,20 +91,16 @@ class ConnectionState:
         self._deframer = Deframer()
         self._frames: deque[bytes] = deque()
         self._messages: Iterator[Message | Unknown] | None = None
-        self._pings: dict[int, float] = {}
-        self._waiting_ping = False
+        self._liveness = Liveness(now)
+        self._resets = TokenBucket(RESET_BURST, RESETS_PER_SECOND, now)
         self._next_sid = 1 if initiator else 2
         self._last_peer_sid = 0
         self._ignored_opens = 0
-        self._next_token = 1
         self._extra_window = 0
-        self._reset_budget = RESET_BURST
-        self._reset_budget_at = now
         self.max_streams = max_streams
         self.streams: dict[int, StreamState] = {}
         self.own_streams = 0
         self.peer_streams = 0
-        self.last_heard = now
         self.heard = False
         """A frame of the peer authenticated, so it is no replay of an old handshake."""
         self.goaway_sent = False
@@ -224,15 +197,13 @@ class ConnectionState:
 
     def ping(self, now: float) -> int:
         """Ask for a PONG; its token."""
-        token = self._next_token
-        self._next_token += 1
-        self._pings[token] = now
+        token = self._liveness.ping(now)
         self.outbox.control(Ping(token))
         return token
 
     def forget_ping(self, token: int) -> None:
         """Nobody waits for this PONG any more."""
-        self._pings.pop(token, None)
+        self._liveness.forget(token)
 
     def goaway(self, code: int, message: str = "") -> None:
         """Take no new streams; those that are open go on. Sent once."""
@@ -252,7 +223,7 @@ class ConnectionState:
             return events
         try:
             if data:
-                self.last_heard = now
+                self._liveness.heard(now)
                 self._frames += self._deframer.feed(data)
             self._work_off(now, at_most or sys.maxsize, events)
         except ProtocolError as error:
@@ -286,15 +257,13 @@ class ConnectionState:
         events: list[Event] = []
         if self.failed:
             return events
-        silence = now - self.last_heard
-        if silence >= DEAD_AFTER_IDLE:
-            self._fail(DeadlineExceeded(f"the peer was silent for {silence:.0f} s"), events)
-            return events
-        if silence < PING_AFTER_IDLE:
-            self._waiting_ping = False
-        elif not self._waiting_ping:
-            self._waiting_ping = True
-            self.ping(now)
+        match self._liveness.check(now):
+            case Health.DEAD:
+                silence = self._liveness.silence(now)
+                self._fail(DeadlineExceeded(f"the peer was silent for {silence:.0f} s"), events)
+                return events
+            case Health.ASK:
+                self.ping(now)
         for stream in list(self.streams.values()):
             if not stream.starved:
                 continue
@@ -306,9 +275,7 @@ class ConnectionState:
 
     def next_tick(self, now: float) -> float:
         """When `tick` should be called next."""
-        silence_at = self.last_heard + (DEAD_AFTER_IDLE if self._waiting_ping else PING_AFTER_IDLE)
-        if silence_at <= now:
-            silence_at = self.last_heard + DEAD_AFTER_IDLE
+        silence_at = max(now, self._liveness.next_check())
         return min(silence_at, now + CREDIT_DEADLINE / 6) if self.streams else silence_at
 
     # --- handlers, one per message type --------------------------------------------------------
@@ -389,10 +356,9 @@ class ConnectionState:
         self.outbox.pong(message.token)
 
     def _on_pong(self, message: Pong, now: float, events: list[Event]) -> None:
-        if isinstance(message.token, int):
-            sent_at = self._pings.pop(message.token, None)
-            if sent_at is not None:
-                events.append(Ponged(message.token, now - sent_at, message.load))
+        rtt = self._liveness.pong(message.token, now) if isinstance(message.token, int) else None
+        if rtt is not None and isinstance(message.token, int):
+            events.append(Ponged(message.token, rtt, message.load))
 
     def _on_goaway(self, message: GoAway, now: float, events: list[Event]) -> None:
         self.goaway_received = message
@@ -443,10 +409,7 @@ class ConnectionState:
         events.append(Reset(stream.sid, ErrorCode.FLOW_CONTROL, reason))
 
     def _spend_reset(self, now: float) -> None:
-        earned = (now - self._reset_budget_at) * RESETS_PER_SECOND
-        self._reset_budget = min(RESET_BURST, self._reset_budget + earned) - 1
-        self._reset_budget_at = now
-        if self._reset_budget < 0:
+        if not self._resets.take(now):
             self.goaway(ErrorCode.FLOW_CONTROL, "too many resets")
 
     def _fail(self, error: ProtocolError | TransportError, events: list[Event]) -> None:
@@ -484,9 +447,3 @@ _ON: dict[type, Callable[..., None]] = {
     GoAway: ConnectionState._on_goaway,
     Unknown: lambda *_: None,
 }
-
-
-def goaway_error(goaway: GoAway) -> RemoteError:
-    """Why a stream was not started by a peer that goes away: its code, or shutting_down if it merely left."""
-    code = ErrorCode.SHUTTING_DOWN if goaway.code == ErrorCode.CANCELLED else goaway.code
-    return remote_error(code, goaway.message)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from pathlib import Path
 
 import psutil
 import uvloop
@@ -40,7 +39,7 @@ async def handler(stream: Stream) -> None:
                 "connections": len(listener.connections),
                 "streams": sum(connection.open_streams for connection in listener.connections),
                 "tasks": len(asyncio.all_tasks()),
-                "files": len(list(Path("/proc/self/fd").glob("*"))),
+                "files": psutil.Process().num_fds(),
             }
         )
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mesh.connection import ConnectionState, Event
+from mesh.connection import ConnectionState
+from mesh.events import Event
 from mesh.identity import Identity
 from mesh.limits import INITIAL_CREDIT, MAX_STREAMS, REKEY_AFTER_FRAMES
 from mesh.network import Network

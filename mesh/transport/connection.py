@@ -13,7 +13,7 @@ from functools import partial
 from time import monotonic
 from typing import Any, cast
 
-from mesh.connection import ConnectionState, Event, Failed, Ponged
+from mesh.connection import ConnectionState
 from mesh.errors import (
     ConnectionClosed,
     DeadlineExceeded,
@@ -22,6 +22,7 @@ from mesh.errors import (
     QMeshError,
     RemoteError,
 )
+from mesh.events import Event, Failed, Ponged
 from mesh.frames import Data, End, GoAway, Head, Meta, Open, Reset
 from mesh.handshake import Agreed
 from mesh.identity import short_id

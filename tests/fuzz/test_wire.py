@@ -17,8 +17,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from mesh.connection import ConnectionState, Failed
+from mesh.connection import ConnectionState
 from mesh.errors import ProtocolError
+from mesh.events import Failed
 from mesh.frames import (
     Credit,
     Data,

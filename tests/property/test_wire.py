@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from mesh.connection import ConnectionState, Event, Failed
+from mesh.connection import ConnectionState
 from mesh.errors import ConnectionClosed, FlowControl, RemoteError
+from mesh.events import Event, Failed
 from mesh.frames import Data, End, GoAway, Head, Open, Reset, decode, encode
 from mesh.limits import INITIAL_CREDIT
 from mesh.noise import CipherState

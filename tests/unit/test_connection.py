@@ -6,7 +6,6 @@ from itertools import groupby
 
 import pytest
 
-from mesh.connection import Event, Failed, Ponged
 from mesh.errors import (
     AuthenticationError,
     ConnectionClosed,
@@ -18,6 +17,7 @@ from mesh.errors import (
     ShuttingDown,
     Unauthorized,
 )
+from mesh.events import Event, Failed, Ponged
 from mesh.frames import (
     Credit,
     Data,
