@@ -148,7 +148,7 @@ class InferenceEngine:
         talk = self.conversation if conversation is None else conversation
         since = await self._fitting(client, talk, message, max_tokens)
         body = {**options, "messages": talk.messages(since, message), "max_tokens": max_tokens}
-        answer = ""
+        answer, ended = "", False
         try:
             async with contextlib.aclosing(client.stream_chat(body)) as events:
                 async for event in events:
@@ -157,8 +157,9 @@ class InferenceEngine:
                         if text:
                             answer += text
                             yield text
+            ended = True
         finally:
-            if answer:
+            if answer or ended:
                 del talk.turns[:since]
                 talk.turns.append({"role": "user", "content": message})
                 talk.turns.append({"role": "assistant", "content": answer})

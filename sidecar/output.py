@@ -32,8 +32,10 @@ class RotatingFile:
 
     def write(self, data: bytes) -> None:
         """Append `data`; raises OSError, after which the next write tries again."""
+        if self._fd < 0:
+            self._open()
         if self._size + len(data) > self._limit and self._size:
-            os.close(self._fd)
+            self.close()
             for i in range(self._files - 2, 0, -1):
                 with contextlib.suppress(FileNotFoundError):
                     self._numbered(i).replace(self._numbered(i + 1))
@@ -45,8 +47,10 @@ class RotatingFile:
         return self.path.with_name(f"{self.path.name}.{index}")
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._fd)
+        """Close the file; a later write opens it again."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 class OutputPump:
@@ -77,9 +81,12 @@ class OutputPump:
         self._log.close()
 
     def finish(self, timeout: float) -> None:
-        """Wait up to `timeout` seconds for the pipe's end, then stop reading in any case."""
+        """Wait up to `timeout` seconds for the pipe's end, then stop reading in any case; idempotent."""
         self._thread.join(timeout)
-        os.close(self._wake_write)
+        with self._lock:
+            if self._wake_write >= 0:
+                os.close(self._wake_write)
+                self._wake_write = -1
         self._thread.join()
 
     def tail(self, lines: int = 50) -> list[str]:

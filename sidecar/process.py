@@ -182,8 +182,10 @@ class Supervisor:
 
     async def wait_closed(self) -> None:
         """Wait for the end of the owner; raises what ended it if that was a bug."""
-        if self._owner:
-            await asyncio.shield(self._owner)
+        if owner := self._owner:
+            await asyncio.wait([owner])
+            if not owner.cancelled():
+                owner.result()
 
     # ── the owner ───────────────────────────────────────────────────────────────────────────────
 
@@ -271,7 +273,8 @@ class Supervisor:
     async def _perform(self, effect: states.Effect, group: asyncio.TaskGroup) -> None:
         match effect:
             case states.Spawn():
-                self._events.put_nowait(await self._spawn(effect.plan, group))
+                # Reported before any other event: nobody else sees `starting`.
+                await self._apply(await self._spawn(effect.plan, group), group)
             case states.CloseClients() if self._child:
                 stopped = SidecarStopped(f"{self.config.name} is being stopped")
                 await self._child.client.aclose(self.last_error or stopped)

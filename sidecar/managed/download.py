@@ -89,8 +89,10 @@ class Downloader:
 
     async def _fetch(self, url: str, part: Path, limit: int, progress: Progress | None) -> None:
         last: Exception | None = None
-        for attempt in range(ATTEMPTS):
-            have = _size(part)
+        failures, have = 0, -1
+        while failures < ATTEMPTS:
+            before, have = have, _size(part)
+            failures = failures + 1 if have <= before else 1  # while it goes on, it may break off again
             if have >= limit:
                 return
             try:
@@ -98,7 +100,7 @@ class Downloader:
                 async with self._session.get(url, headers=headers) as answer:
                     if answer.status == 416:
                         return  # there is nothing beyond what we have
-                    if await self._refused(answer, attempt):
+                    if await self._refused(answer, failures - 1):
                         continue
                     if url.startswith("https:") and answer.url.scheme != "https":
                         raise DownloadFailed(f"{url} leads to {answer.url}, which is not encrypted")
@@ -106,8 +108,7 @@ class Downloader:
                     return
             except (aiohttp.ClientError, OSError, TimeoutError) as error:
                 last = error
-                await asyncio.sleep(self._pause * attempt)
-        have = _size(part)
+                await asyncio.sleep(self._pause * failures)
         raise DownloadFailed(
             f"{url} stopped after {have} bytes: {_words(last)}. Run it again to go on."
         ) from last
