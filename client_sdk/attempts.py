@@ -94,10 +94,9 @@ class Attempts:
             except (QMeshError, OSError) as error:
                 self._note(error)
                 self._check_time()
-                if not is_retryable(error):
-                    raise
-                if self._explain.worker is not None:
-                    self._exclude.add(bytes.fromhex(self._explain.worker))
+                if not is_retryable(error) or self._explain.worker is None:
+                    raise  # the request's own fault, or nobody could be asked for workers
+                self._exclude.add(bytes.fromhex(self._explain.worker))
             if sum(not isinstance(error, Overloaded) for _, error in self._failed) >= MAX_ATTEMPTS:
                 raise self._give_up()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from client_sdk.pool import Address, Pool
-from mesh.address import format_address, parse_address
+from mesh.address import format_address, usable_addresses
 from mesh.errors import ConnectFailed, NoWorkers, ProtocolError, QMeshError
 from mesh.identity import NodeId
 from mesh.records import WorkerRecord, open_record
@@ -62,8 +62,11 @@ class Directory:
         models = trailer.get("models")
         if not isinstance(models, Mapping):
             raise ProtocolError("the node's answer about models has the wrong form")
-        self._models = (time.monotonic(), {str(name): int(count) for name, count in models.items()})
-        return self._models[1]
+        counts = {
+            name: count for name, count in models.items() if isinstance(name, str) and isinstance(count, int)
+        }
+        self._models = (time.monotonic(), counts)
+        return counts
 
     async def status(self) -> Mapping[str, Any]:
         """The status of the first entry node that answers."""
@@ -86,7 +89,8 @@ class Directory:
         wanted = {"model": model, "want": WANT}
         trailer = await self._ask("find", wanted, lambda answer: answer.get("records"))
         newest: dict[NodeId, WorkerRecord] = {}
-        for item in trailer.get("records") or []:
+        found = trailer.get("records")
+        for item in found if isinstance(found, list) else ():
             try:
                 key, blob = item
                 record = open_record(blob, self._pool.network, key, time.time())
@@ -103,8 +107,9 @@ class Directory:
         else:
             self._cache.pop(model, None)
         for record in records:
-            if len(self._known) < MAX_KNOWN and record.addresses:
-                self._known[record.node_id] = EntryNode(parse_address(record.addresses[0]), record.node_id)
+            addresses = usable_addresses(record.addresses)
+            if len(self._known) < MAX_KNOWN and addresses:
+                self._known[record.node_id] = EntryNode(addresses[0], record.node_id)
         return records
 
     async def _ask(

@@ -17,7 +17,7 @@ from client_sdk.pool import Pool
 from client_sdk.scoreboard import Scoreboard
 from client_sdk.selection import Choice, Need, choose, expected
 from client_sdk.types import Explanation, Timeouts, WorkerInfo
-from mesh.address import format_address, parse_address
+from mesh.address import format_address, usable_addresses
 from mesh.errors import (
     BackendFailed,
     BadRequest,
@@ -104,8 +104,7 @@ class Dispatcher:
         self.board.reserve(record.node_id, time.monotonic())
         self._tell(explain, choice)
         try:
-            addresses = [parse_address(address) for address in record.addresses]
-            connection = await self.pool.get(record.node_id, addresses)
+            connection = await self.pool.get(record.node_id, usable_addresses(record.addresses))
             explain.path = _path(connection)
             explain.rtt = connection.rtt
             try:
@@ -138,7 +137,7 @@ class Dispatcher:
             return
         try:
             busy, queue, slots = int(load["busy"]), int(load["queue"]), int(load["slots"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             return  # Another implementation may say less; its records still count.
         self.board.report(connection.peer_id, busy, queue, slots, time.monotonic())
 
@@ -196,9 +195,8 @@ class Dispatcher:
             await asyncio.wait(probes, timeout=PROBE_WAIT)
 
     async def _ping(self, record: WorkerRecord) -> None:
-        addresses = [parse_address(address) for address in record.addresses]
         try:
-            connection = await self.pool.get(record.node_id, addresses)
+            connection = await self.pool.get(record.node_id, usable_addresses(record.addresses))
             rtt = await connection.ping(timeout=self.timeouts.connect)
         except (QMeshError, OSError):
             self.board.failed(record.node_id, time.monotonic())

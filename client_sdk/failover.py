@@ -46,7 +46,6 @@ from mesh.errors import (
     StreamInterrupted,
 )
 
-
 REPLAY_WITHIN = 2.0
 """Seconds that writing the delivered part again may take, where it need not be written again."""
 

@@ -82,6 +82,9 @@ class Pool:
             peer_id=peer,
             timeout=self.connect_timeout,
         )
+        if self._closed:
+            await connection.close(ErrorCode.CANCELLED, "client closed")
+            raise ConnectionClosed("the client is closed")
         known = self.peek(connection.peer_id)
         if known is not None:
             await connection.close(ErrorCode.CANCELLED, "already connected")

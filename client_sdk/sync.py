@@ -47,8 +47,8 @@ class SyncMeshClient:
     """A blocking client with the methods of `MeshClient`; a context manager. Safe to use from threads."""
 
     def __init__(self, join: str | Sequence[str], **options: Any) -> None:
-        self._loop = asyncio.new_event_loop()
         self._client = MeshClient(join, **options)
+        self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="qmesh client", daemon=True)
         self._thread.start()
 

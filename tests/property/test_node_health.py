@@ -14,6 +14,7 @@ counts = st.integers(0, 300)
 inputs = st.builds(
     HealthInputs,
     ready=st.booleans(),
+    loaded=st.booleans(),
     slots=counts,
     busy=counts,
     queue=counts,
@@ -38,6 +39,11 @@ def test_more_work_or_crashes_never_raise_it(one: HealthInputs, name: str, more:
     assert health(worse).score <= health(one).score
 
 
+@given(inputs)
+def test_what_is_loaded_is_better_than_what_is_not(one: HealthInputs) -> None:
+    assert health(replace(one, loaded=False)).score <= health(replace(one, loaded=True)).score
+
+
 @given(inputs, st.sampled_from(["slots", "queue_limit"]), counts)
 def test_more_room_never_lowers_it(one: HealthInputs, name: str, more: int) -> None:
     better = replace(one, **{name: getattr(one, name) + more})
@@ -55,7 +61,7 @@ def test_it_is_monotone_in_the_machine(one: HealthInputs, low: float, high: floa
 
 def test_the_documented_points() -> None:
     best = HealthInputs(
-        ready=True, slots=4, busy=0, queue=0, queue_limit=16,
+        ready=True, loaded=True, slots=4, busy=0, queue=0, queue_limit=16,
         foreign_cpu=0.6, memory_available=0.15, recent_crashes=0,
     )  # fmt: skip
     assert health(best).score == 100
@@ -64,3 +70,4 @@ def test_the_documented_points() -> None:
     assert health(replace(best, foreign_cpu=1.0)).score == 50
     assert health(replace(best, memory_available=0.0)).score == 30
     assert health(replace(best, recent_crashes=2)).score == 49
+    assert health(replace(best, loaded=False)).score == 40

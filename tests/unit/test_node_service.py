@@ -1,0 +1,270 @@
+"""What a hostile peer may write into a request: it is refused, and nothing breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mesh.dht import Dht
+from mesh.errors import (
+    BadRequest,
+    ModelNotFound,
+    Overloaded,
+    RemoteDeadline,
+    RemoteError,
+    Unauthorized,
+    remote_error,
+)
+from mesh.identity import NodeId
+from mesh.transport import Stream
+from node import service as module
+from node.gate import Gate
+from node.served import ServedModel
+from node.service import COUNTING, GENERATING, MAX_COST, Service
+from tests.support import seconds
+
+OWN, PEER = NodeId(b"o" * 32), NodeId(b"p" * 32)
+
+
+@dataclass
+class FakeStream:
+    """A stream that carries one request; `body` None never ends."""
+
+    method: str = "infer"
+    meta: Mapping[str, Any] = field(default_factory=dict)
+    body: bytes | None = b"{}"
+    peer_id: NodeId = PEER
+    trailer: Mapping[str, Any] | None = None
+
+    async def read_all(self, limit: int) -> bytes:
+        if self.body is None:
+            await asyncio.Event().wait()
+            raise AssertionError
+        if len(self.body) > limit:
+            raise remote_error(1, "too large")
+        return self.body
+
+    async def end(self, meta: Mapping[str, Any] | None = None) -> None:
+        self.trailer = meta
+
+
+class FakeDht:
+    """Knows nobody."""
+
+    peers = ()
+    unreached: Mapping[Any, str] = {}
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, int]] = []
+
+    async def lookup(self, model: str, want: int) -> list[Any]:
+        self.asked.append((model, want))
+        return []
+
+    async def models(self) -> dict[str, int]:
+        return {"m": 1}
+
+
+class FakeModel:
+    """A model whose server is coming back: a sound request gets that far and no further."""
+
+    name = "m"
+    failed = False
+    recovering = True
+
+    def __init__(self) -> None:
+        self.gate = Gate(1)
+
+    async def settled(self) -> None:
+        return
+
+
+@dataclass
+class Served:
+    dht: FakeDht
+    model: FakeModel
+    service: Service
+
+    async def handle(self, stream: FakeStream) -> FakeStream:
+        async with asyncio.timeout(seconds(5)):
+            await self.service.handle(cast("Stream", stream))
+        return stream
+
+    async def ask(self, data: bytes | None = b"{}", **meta: Any) -> FakeStream:
+        return await self.handle(FakeStream("infer", {"path": "/completion", "model": "m"} | meta, data))
+
+
+def make() -> Served:
+    dht, model = FakeDht(), FakeModel()
+    models = {"m": cast("ServedModel", model)}
+    service = Service(OWN, models, cast("Dht", dht), status=lambda: {"a": 1}, load=lambda: {})
+    return Served(dht, model, service)
+
+
+@pytest.fixture
+def served() -> Served:
+    return make()
+
+
+@pytest.mark.parametrize("path", sorted(GENERATING | COUNTING))
+async def test_a_sound_request_gets_as_far_as_the_model(served: Served, path: str) -> None:
+    with pytest.raises(Overloaded, match="starting") as refused:
+        await served.ask(path=path)
+    assert refused.value.retry_after
+    assert served.model.gate.admission.busy == 0
+
+
+@pytest.mark.parametrize(
+    "path",
+    [None, 5, "", "/slots", "/props", "/v1/models", "/completion/", "/lora-adapters", [], {}, b"/completion"],
+)
+async def test_other_endpoints_are_refused(served: Served, path: object) -> None:
+    with pytest.raises(BadRequest, match="not served to peers"):
+        await served.ask(path=path)
+
+
+@pytest.mark.parametrize("model", [None, 5, "", "other", [], {}, b"m", ["m"]])
+async def test_other_models_are_not_found(served: Served, model: object) -> None:
+    with pytest.raises(ModelNotFound):
+        await served.ask(model=model)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"deadline_ms": 0},
+        {"deadline_ms": -5},
+        {"deadline_ms": "5"},
+        {"deadline_ms": 1.5},
+        {"deadline_ms": []},
+        {"priority": "high"},
+        {"priority": None},
+        {"priority": 1.5},
+        {"body": 5},
+        {"body": "{}"},
+        {"body": b"{}"},
+        {"body": [1]},
+        {"body": {1: 2}},
+        {"body": {"a": b"bytes"}},
+        {"body": {"a": {"b": [b""]}}},
+    ],
+)
+async def test_wrong_types_are_bad_requests(served: Served, meta: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest):
+        await served.ask(**meta)
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"x", b"[]", b"5", b"null", b"\xff", b"{", b"[" * 100_000, b'{"a":' * 5000]
+)
+async def test_bodies_that_are_no_json_object(served: Served, body: bytes) -> None:
+    with pytest.raises(BadRequest, match="JSON"):
+        await served.ask(body)
+
+
+async def test_a_body_that_never_comes_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "BODY_PATIENCE", 0.01)
+    with pytest.raises(RemoteDeadline, match="body did not come"):
+        await served.ask(None)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.binary(), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(["path", "model", "deadline_ms", "priority", "body", "want", "trace"])
+
+
+@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None)
+@given(
+    st.sampled_from(["infer", "find", "status", "models", "load", "", "nothing", "x" * 256]),
+    st.dictionaries(keys, anything, max_size=7),
+    st.binary(max_size=20) | anything.map(lambda value: repr(value).encode()),
+    st.booleans(),
+)
+def test_nothing_that_can_be_written_breaks_it(
+    method: str, wild: dict[str, Any], body: bytes, sound: bool
+) -> None:
+    async def handle() -> None:
+        one = make()
+        meta = {"path": "/completion", "model": "m", **wild} if sound else wild
+        with suppress(RemoteError):
+            await one.handle(FakeStream(method, meta, body))
+        assert one.model.gate.admission.busy == 0
+
+    asyncio.run(handle())
+
+
+@given(anything, anything)
+def test_the_weight_of_a_request_is_bounded(limit: object, other: object) -> None:
+    try:
+        body = orjson.dumps({"n_predict": limit, "max_tokens": other})
+    except TypeError:
+        return
+    assert 1 <= module._cost(body) <= MAX_COST
+
+
+def test_the_weight_is_the_limit_of_tokens() -> None:
+    assert module._cost(b'{"max_tokens": 7}') == 7
+    assert module._cost(b"{}") == module.DEFAULT_COST
+    assert module._cost(b'{"n_predict": -1}') == module.DEFAULT_COST
+
+
+async def test_only_the_nodes_own_key_may_go_first(served: Served) -> None:
+    asked: list[int] = []
+    slot = served.model.gate.slot
+
+    def spy(peer: bytes, *, cost: float, priority: int, deadline: float | None) -> Any:
+        asked.append(priority)
+        return slot(peer, cost=cost, priority=priority, deadline=deadline)
+
+    served.model.gate.slot = spy  # type: ignore[method-assign]
+    for peer in (PEER, OWN):
+        for priority in (-9, 0, 9):
+            meta = {"path": "/completion", "model": "m", "priority": priority}
+            with pytest.raises(Overloaded):
+                await served.handle(FakeStream("infer", meta, peer_id=peer))
+    assert asked == [-1, 0, 0, -1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "meta", [{}, {"model": 5}, {"model": ""}, {"model": "x" * 256}, {"model": "m", "want": "9"}]
+)
+async def test_find_needs_a_name_and_a_number(served: Served, meta: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="find needs"):
+        await served.handle(FakeStream("find", meta))
+    assert served.dht.asked == []
+
+
+async def test_find_bounds_what_is_wanted(served: Served) -> None:
+    for want in (-5, 0, 1, 10**9):
+        stream = await served.handle(FakeStream("find", {"model": "m", "want": want}))
+        assert stream.trailer == {"records": []}
+    assert [want for _, want in served.dht.asked] == [1, 1, 1, module.MAX_WANT]
+
+
+async def test_unknown_methods_are_refused(served: Served) -> None:
+    with pytest.raises(BadRequest, match="no method"):
+        await served.handle(FakeStream("delete everything"))
+
+
+async def test_who_the_peers_are_is_told_to_the_nodes_own_key_alone(served: Served) -> None:
+    assert "contacts" not in ((await served.handle(FakeStream("status"))).trailer or {})
+    assert "contacts" in ((await served.handle(FakeStream("status", peer_id=OWN))).trailer or {})
+
+
+@pytest.mark.parametrize("method", ["load", "unload"])
+async def test_models_are_managed_by_the_nodes_own_key_alone(served: Served, method: str) -> None:
+    with pytest.raises(Unauthorized):
+        await served.handle(FakeStream(method, {"model": "m"}))
+    with pytest.raises(ModelNotFound):
+        await served.handle(FakeStream(method, {"model": ["m"]}, peer_id=OWN))
