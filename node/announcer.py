@@ -57,8 +57,14 @@ class Announcer:
         records = [self._record(describe, ttl=RECORD_TTL) for describe in self._models().values()]
         async with asyncio.TaskGroup() as group:
             for record in records:
-                group.create_task(self._dht.withdraw(record))
+                group.create_task(self._withdraw(record))
         self._announced.clear()
+
+    async def _withdraw(self, record: WorkerRecord) -> None:
+        try:
+            await self._dht.withdraw(record)
+        except (QMeshError, OSError) as error:
+            log.warning("withdrawing %s failed: %s; its record expires by itself", record.model, error)
 
     async def _announce_all(self) -> None:
         current = self._models()
