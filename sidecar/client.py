@@ -10,10 +10,10 @@ SidecarTimeout after `timeout` seconds, and SidecarStopped when the server is be
 from __future__ import annotations
 
 import contextlib
+import re
+import secrets
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any
-
-import aiohttp
 
 from sidecar.transport import HttpClient, Json, Response, error_of
 
@@ -67,9 +67,12 @@ class SidecarClient(HttpClient):
         self, audio: bytes, *, filename: str = "audio.wav", timeout: float | None = None
     ) -> Object:
         """POST /v1/audio/transcriptions with the bytes of an audio file."""
-        form = aiohttp.FormData()
-        form.add_field("file", audio, filename=filename, content_type="application/octet-stream")
-        answer: Object = await self.call("POST", "/v1/audio/transcriptions", form, timeout=timeout)
+        boundary = secrets.token_hex(16)
+        name = re.sub(r'["\\\r\n]', "_", filename)
+        head = f'Content-Disposition: form-data; name="file"; filename="{name}"'
+        body = f"--{boundary}\r\n{head}\r\n\r\n".encode() + audio + f"\r\n--{boundary}--\r\n".encode()
+        headers = {"Content-Type": f"multipart/form-data; boundary={boundary}"}
+        answer: Object = await self.call("POST", "/v1/audio/transcriptions", body, headers, timeout=timeout)
         return answer
 
     # ── counting and converting ─────────────────────────────────────────────────────────────────

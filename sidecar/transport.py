@@ -34,7 +34,7 @@ _SAFE_HEADERS = frozenset({"content-type", "accept"})
 """Only these are passed on: X-Conversation-Id would keep a generation alive after its client left."""
 
 Json = Any
-Body = bytes | Mapping[str, Json] | aiohttp.FormData | None
+Body = bytes | Mapping[str, Json] | None
 
 
 class Response:
@@ -161,7 +161,7 @@ class HttpClient:
         """
         sent = {k: v for k, v in (headers or {}).items() if k.lower() in _SAFE_HEADERS}
         data = orjson.dumps(body) if isinstance(body, Mapping) else body
-        if isinstance(data, bytes) and not any(k.lower() == "content-type" for k in sent):
+        if data is not None and not any(k.lower() == "content-type" for k in sent):
             sent["Content-Type"] = "application/json"
         key = self.api_key if api_key is None else api_key
         if key:
@@ -182,7 +182,7 @@ class HttpClient:
         return response
 
     async def _send(
-        self, method: str, path: str, data: bytes | aiohttp.FormData | None, headers: dict[str, str]
+        self, method: str, path: str, data: bytes | None, headers: dict[str, str]
     ) -> aiohttp.ClientResponse:
         for attempt in (1, 2):
             if self._closed:
@@ -192,13 +192,17 @@ class HttpClient:
                     method, self.base_url + path, data=data, headers=headers
                 )
             except aiohttp.ClientConnectorError as error:
-                if self._closed:
-                    raise self._closed.copy() from None
-                raise BackendUnreachable(f"no connection to {self.base_url}: {error.strerror}") from error
+                fault = BackendUnreachable(f"no connection to {self.base_url}: {error.strerror}")
+                raise self._closed_or(fault) from error
             except (aiohttp.ClientError, OSError) as error:
-                if attempt == 2 and not self._closed:
-                    raise BackendUnreachable(f"{method} {path} got no answer: {error}") from error
-        raise self._closed.copy() if self._closed else AssertionError("unreachable")
+                if attempt == 2:
+                    raise self._closed_or(
+                        BackendUnreachable(f"{method} {path} got no answer: {error}")
+                    ) from error
+        raise AssertionError("the second attempt returns or raises")
+
+    def _closed_or(self, fault: SidecarError) -> SidecarError:
+        return self._closed.copy() if self._closed else fault
 
     def _connection(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -212,12 +216,22 @@ class HttpClient:
             )
         return self._session
 
-    async def call(self, method: str, path: str, body: Body = None, *, timeout: float | None = None) -> Json:
+    async def call(
+        self,
+        method: str,
+        path: str,
+        body: Body = None,
+        headers: Mapping[str, str] | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> Json:
         """Send a request and decode its JSON answer.
 
         Raises BackendError (by status) as well as what `request` raises.
         """
-        async with await self.request(method, path, body, timeout=timeout, idle_timeout=timeout) as response:
+        async with await self.request(
+            method, path, body, headers, timeout=timeout, idle_timeout=timeout
+        ) as response:
             data = await response.read()
             if response.status >= 400:
                 raise error_of(response.status, data)
