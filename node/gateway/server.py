@@ -120,9 +120,10 @@ class Gateway:
         mesh. Idempotent.
         """
         self._stopping = True
-        self._sock.close()
         if self._listening is not None:
             self._listening.close()
+        else:
+            self._sock.close()
         if self._http is not None:
             self._http.pre_shutdown()
             await self._drained(grace)

@@ -1,0 +1,255 @@
+"""The clients that people have, against a real mesh with real llama.cpp."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import anthropic
+import openai
+import pytest
+
+from node.cluster import Member
+from node.gateway.keys import KeyFile
+from tests.gateway_support import (
+    CALLED,
+    CHAT,
+    DATA,
+    EMBED,
+    MESSAGES,
+    RANK,
+    SOLO,
+    TOOLS,
+    WEATHER,
+    gateway_to,
+    metric,
+    until,
+)
+from tests.support import seconds
+
+LONG = [{"role": "user", "content": "Hello there. " * 2000}]
+TOOL = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": WEATHER}}
+FORCED = {"add_generation_prompt": False, "continue_final_message": True, "logit_bias": [[2, 100]]}
+"""Continue the last message and end it: token 2 ends a message of the demo model."""
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture
+def claude(url: str) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def ask(client: openai.OpenAI, **options: Any) -> Any:
+    return client.chat.completions.create(
+        **{"model": CHAT, "messages": MESSAGES, "max_tokens": 12, "temperature": 0, **options}
+    )
+
+
+def test_openai_chat(client: openai.OpenAI, nodes: list[Member]) -> None:
+    raw = client.chat.completions.with_raw_response.create(model=CHAT, messages=MESSAGES, max_tokens=12)  # type: ignore[arg-type]
+    answer = raw.parse()
+    assert answer.choices[0].message.content
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 12
+    assert raw.headers["X-QMesh-Worker"] in {node.worker_id for node in nodes}
+    assert raw.headers["X-QMesh-Path"].startswith("direct 127.0.0.1:")
+    assert raw.headers["X-QMesh-Attempts"] == "1"
+    assert float(raw.headers["X-QMesh-Queue-Ms"]) >= 0
+    assert len(raw.headers["X-QMesh-Request-Id"]) == 24
+
+
+def test_openai_stream(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, stream=True, stream_options={"include_usage": True}))
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == ask(client).choices[0].message.content
+    assert chunks[-1].usage.completion_tokens == 12
+
+
+def test_openai_json_schema(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    answer = ask(client, response_format=form, max_tokens=200)
+    assert json.loads(answer.choices[0].message.content)["colour"] in ("red", "blue")
+
+
+def test_openai_tools(client: openai.OpenAI) -> None:
+    plain = ask(client, model=TOOLS)
+    offered = ask(client, model=TOOLS, tools=[TOOL])
+    assert offered.usage.prompt_tokens > plain.usage.prompt_tokens + 50  # the model is told of them
+    turn = [*MESSAGES, {"role": "assistant", "content": CALLED}]
+    answer = ask(client, model=TOOLS, messages=turn, tools=[TOOL], max_tokens=1, extra_body=FORCED)
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("weather", {"city": "Oslo"})
+    result = [
+        *MESSAGES,
+        answer.choices[0].message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "Rain"},
+    ]
+    assert ask(client, model=TOOLS, messages=result, tools=[TOOL]).choices[0].message.content
+
+
+def test_openai_tools_streamed(client: openai.OpenAI) -> None:
+    turn = [*MESSAGES, {"role": "assistant", "content": CALLED}]
+    chunks = list(
+        ask(client, model=TOOLS, messages=turn, tools=[TOOL], max_tokens=1, stream=True, extra_body=FORCED)
+    )
+    calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or ()]
+    assert [call.function.name for call in calls if call.function.name] == ["weather"]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+
+
+def test_openai_other_endpoints(client: openai.OpenAI) -> None:
+    assert client.completions.create(model=CHAT, prompt="Once upon", max_tokens=4).choices[0].text
+    vectors = client.embeddings.create(model=EMBED, input=["a fox", "the sea"], encoding_format="float")
+    assert len(vectors.data) == 2
+    assert len(vectors.data[0].embedding) > 10
+    packed = client.embeddings.create(model=EMBED, input="a fox")  # base64 on the wire
+    assert packed.data[0].embedding == pytest.approx(vectors.data[0].embedding, abs=1e-3)
+
+
+def test_openai_responses(client: openai.OpenAI) -> None:
+    assert client.responses.create(model=CHAT, input="Hello", max_output_tokens=8).output_text
+    events = list(client.responses.create(model=CHAT, input="Hello", max_output_tokens=8, stream=True))
+    assert events[0].type == "response.created"
+    assert events[-1].type == "response.completed"
+
+
+def test_openai_models(client: openai.OpenAI, nodes: list[Member]) -> None:
+    models = {model.id: model.model_dump() for model in client.models.list()}
+    assert set(models) == {CHAT, EMBED, RANK, SOLO, TOOLS}
+    assert models[CHAT]["workers"] == len(nodes)
+    assert models[EMBED]["workers"] == 1
+    assert models[CHAT]["context_length"] >= 2048
+    assert len(bytes.fromhex(models[CHAT]["digest"])) == 16
+    assert client.models.retrieve(EMBED).id == EMBED
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("no-such-model")
+
+
+def test_openai_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        ask(client, model="no-such-model")
+    assert missing.value.code == "model_not_found"
+    assert CHAT in missing.value.message
+    with pytest.raises(openai.BadRequestError) as long:
+        ask(client, messages=LONG)
+    assert long.value.type == "exceed_context_size_error"
+    with pytest.raises(openai.BadRequestError):
+        ask(client, messages="no list")
+    with pytest.raises(openai.BadRequestError):
+        ask(client, model=7)
+
+
+async def test_openai_keys_and_limits(nodes: list[Member], tmp_path: Path) -> None:
+    _, secret = KeyFile(tmp_path).add("test", requests_per_minute=2, tokens_per_minute=10_000)
+    async with gateway_to(nodes[0].address, tmp_path) as gateway:
+        base = f"{gateway.url}/v1"
+        async with openai.AsyncOpenAI(base_url=base, api_key="qm-wrong", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                await stranger.models.list()
+        async with openai.AsyncOpenAI(base_url=base, api_key=secret, max_retries=0) as client:
+            raw = await client.completions.with_raw_response.create(model=CHAT, prompt="A", max_tokens=4)
+            assert raw.headers["x-ratelimit-limit-requests"] == "2"
+            assert raw.headers["x-ratelimit-remaining-requests"] == "1"
+            assert raw.headers["x-ratelimit-limit-tokens"] == "10000"
+            await client.completions.create(model=CHAT, prompt="A", max_tokens=4)
+            with pytest.raises(openai.RateLimitError) as limited:
+                await client.completions.create(model=CHAT, prompt="A", max_tokens=4)
+            assert 0 < int(limited.value.response.headers["Retry-After"]) <= 30
+
+
+async def test_openai_unavailable(tmp_path: Path) -> None:
+    async with (
+        gateway_to("127.0.0.1:1", tmp_path, wait_seconds=0.3) as gateway,
+        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.InternalServerError) as unavailable:
+            await client.completions.create(model=CHAT, prompt="A")
+    response = unavailable.value.response
+    assert response.status_code == 503
+    assert int(response.headers["Retry-After"]) > 0
+    assert response.json()["error"]["mesh"] == {"reachable": False, "models": {}, "this_node": {}}
+
+
+async def test_leaving_a_stream_frees_the_slot(
+    url: str, nodes: list[Member], http: aiohttp.ClientSession
+) -> None:
+    urls = {node.worker_id: node.ready["gateway"] for node in nodes}
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        stream = await client.completions.with_raw_response.create(
+            model=CHAT,
+            prompt="Once upon a time",
+            max_tokens=2000,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        worker = urls[stream.headers["X-QMesh-Worker"]]
+        events = stream.parse()
+        await anext(aiter(events))
+        await until(lambda: metric(http, worker, "qmesh_model_busy", model=CHAT))
+        await events.close()
+
+        async def free() -> bool:
+            return not await metric(http, worker, "qmesh_model_busy", model=CHAT)
+
+        await until(free, timeout=2.0)
+
+
+def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
+    options: dict[str, Any] = {
+        "model": CHAT,
+        "max_tokens": 12,
+        "messages": MESSAGES,
+        "extra_body": {"temperature": 0},
+    }
+    answer = claude.messages.create(**options)
+    with claude.messages.stream(**options) as stream:
+        text = "".join(stream.text_stream)
+    assert answer.content[0].text == text
+    assert answer.usage.output_tokens == 12
+    assert claude.messages.count_tokens(model=CHAT, messages=MESSAGES).input_tokens > 5  # type: ignore[arg-type]
+    assert CHAT in {model.id for model in claude.models.list()}
+
+
+def test_anthropic_errors(claude: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError) as missing:
+        claude.messages.create(model="none", max_tokens=4, messages=MESSAGES)  # type: ignore[arg-type]
+    assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
+    with pytest.raises(anthropic.BadRequestError):
+        claude.messages.create(model=CHAT, max_tokens=4, messages=LONG)  # type: ignore[arg-type]
+
+
+def test_openai_npm(url: str, tmp_path: Path) -> None:
+    """The JavaScript client, in a process of its own."""
+    for program in ("node", "npm"):
+        assert shutil.which(program), f"{program} is missing: install Node.js 18 or later to run this test"
+    shutil.copy(DATA / "openai.mjs", tmp_path)
+    install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(tmp_path), "openai@6"]
+    done = subprocess.run(install, capture_output=True, text=True, timeout=seconds(60), check=False)
+    assert done.returncode == 0, f"npm could not install the openai client:\n{done.stderr[-1000:]}"
+    run = ["node", "openai.mjs", url, CHAT, EMBED]
+    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=seconds(60), check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    seen = json.loads(done.stdout)
+    assert seen["chat"] == seen["stream"] != ""
+    assert seen["vectors"] == 2
+    assert seen["responses"]
+    assert seen["missing"] == [404, "model_not_found"]
+    assert seen["cancelled"]
