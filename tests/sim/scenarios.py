@@ -21,6 +21,7 @@ from mesh.dht.datagrams import Codec
 from mesh.dht.rpc import Request
 from mesh.identity import Identity, dht_id
 from mesh.limits import ANNOUNCE_INTERVAL
+from mesh.records import model_key
 from tests.sim.population import OPEN, PORT, Member, Population
 from tests.sim.world import World
 
@@ -464,43 +465,58 @@ async def hostile(world: World, nodes: int, *, datagrams: int) -> dict[str, Any]
     await population.grow(nodes)
     await asyncio.sleep(30)
     victim = population.members[0]
-    for number, member in enumerate(population.members):
-        await member.announce(f"m{number % 3}")
     rng = population.rng
     codec = Codec(population.network)
-    genuine = [b""]
+    genuine: list[bytes] = []
     deliver = victim.protocol.datagram_received
 
     def tap(data: bytes, addr: Any) -> None:
         genuine.append(data)
-        del genuine[:-50]
         deliver(data, addr)
 
     victim.protocol.datagram_received = tap
-    tokens: list[bytes] = []
+    friend = population.members[1]
+    for member in population.members:
+        await member.announce("m0")
+        await member.dht.lookup("m0")
+    victim.protocol.datagram_received = deliver
+    key = model_key(population.network, "m0")
+    blob = next(victim.protocol.storage.sample(key, b"", 0, world.wall()))
     began_rss = rss()
     for number in range(datagrams):
         host = f"{rng.randrange(1, 224)}.{rng.randrange(256)}.{rng.randrange(256)}.{rng.randrange(256)}"
-        source = rng.choice([(host, rng.randrange(65536)), population.members[1].address])
+        source = rng.choice([(host, rng.randrange(65536)), friend.address])
         if number % 1000 == 0:
-            tokens = [victim.protocol._issued.issue(source[0], world.loop.time()), b"", rng.randbytes(8)]
             await asyncio.sleep(0.01)
         match rng.randrange(4):
             case 0:
                 data = rng.randbytes(rng.choice((0, 1, 28, 29, 60, 400, 1200, 1201, 60000)))
             case 1:
                 mutant = bytearray(rng.choice(genuine))
-                for _ in range(rng.randrange(1, 4) if mutant else 0):
+                for _ in range(rng.randrange(4)):
                     mutant[rng.randrange(len(mutant))] = rng.randrange(256)
                 body = bytes(mutant)[:-8]
                 data = body + codec._tag(body)
             case 2:
                 data = codec.encode(rng.choice((0, 1)), rng.randbytes(20), anything(rng, 3))
             case _:
-                method = rng.choice(("ping", "find_node", "find_value", "store", "stun", "__init__"))
-                asker = rng.choice((rng.randbytes(32), b"", population.members[1].identity.id))
-                arguments = [asker, rng.choice(tokens), *(anything(rng, 2) for _ in range(rng.randrange(4)))]
-                data = codec.encode(0, rng.randbytes(20), [method, arguments])
+                token = rng.choice(
+                    (victim.protocol._issued.issue(source[0], world.loop.time()), b"", rng.randbytes(8))
+                )
+                asker = rng.choice((rng.randbytes(32), b"", friend.identity.id, victim.identity.id))
+                request: list[Any] = rng.choice(
+                    (
+                        ["ping", [asker, token, rng.randbytes(16)]],
+                        ["find_node", [asker, token, rng.randbytes(20), bytes(300)]],
+                        ["find_value", [asker, token, key, rng.randbytes(8), rng.randrange(99), bytes(300)]],
+                        ["store", [asker, token, key, blob]],
+                        ["store", [asker, token, rng.randbytes(20), rng.randbytes(300)]],
+                        ["stun", [asker, token]],
+                    )
+                )
+                if rng.random() < 0.5:
+                    request[1][rng.randrange(len(request[1]))] = anything(rng, 2)
+                data = codec.encode(0, rng.randbytes(20), request)
         victim.protocol.datagram_received(data, source)
     await asyncio.sleep(5)
     protocol = victim.protocol
@@ -514,9 +530,16 @@ async def hostile(world: World, nodes: int, *, datagrams: int) -> dict[str, Any]
     }
     lookups = Lookups()
     await timed_lookup(world, population.members[-1], "m0", lookups)
-    await timed_lookup(world, victim, "m1", lookups)
+    await timed_lookup(world, victim, "m0", lookups)
+    answered = protocol.traffic.datagrams_out
     await population.stop()
-    return {"sent": datagrams, "still_works": lookups.success == 1, **sizes, "grown_MB": rss() - began_rss}
+    return {
+        "sent": datagrams,
+        "answered": answered,
+        "still_works": lookups.success == 1,
+        **sizes,
+        "grown_MB": rss() - began_rss,
+    }
 
 
 def anything(rng: random.Random, depth: int) -> Any:
