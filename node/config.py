@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from mesh.address import parse_address
 from mesh.errors import ConfigurationError
@@ -22,6 +30,7 @@ from mesh.limits import DEFAULT_PORT
 from mesh.network import OPEN_NETWORK
 from node.gateway.settings import GatewaySettings
 from node.logs import Style
+from sidecar.modes import Mode
 
 CONFIG_FILE = "qmesh.toml"
 ENV_PREFIX = "QMESH_"
@@ -44,30 +53,46 @@ class _Strict(BaseModel):
 
 
 class ModelSettings(_Strict):
-    """One model that the node serves."""
+    """One model that the node serves: a GGUF file, or a server that somebody else runs."""
 
-    path: Path
+    path: Path | None = None
     """The GGUF file."""
+    backend_url: str | None = Field(default=None, pattern=r"^https?://")
+    """An OpenAI-compatible server to use instead of supervising one."""
+    backend_key: SecretStr | None = None
+    """The API key of that server."""
     alias: str | None = Field(default=None, min_length=1, max_length=64)
-    """The name on the mesh; the file's name without `.gguf` where absent."""
+    """The name on the mesh; where absent the file's name without `.gguf`, or what the server says."""
     context: int | None = Field(default=None, ge=64)
-    """Tokens of context per slot; what the model was trained for where absent."""
+    """Tokens of context per slot; chosen by `mode` where absent."""
     slots: int | None = Field(default=None, ge=1, le=256)
     """Requests answered at the same time; the node's `slots` where absent."""
     gpu_layers: int | None = Field(default=None, ge=0)
     """Layers on the GPU; llama.cpp decides where absent."""
+    embeddings: bool = False
+    """Serve embeddings instead of text."""
     extra_args: tuple[str, ...] = ()
     """More arguments for llama-server, as they are."""
+    autostart: bool = True
+    """Load it when the node starts; else when it is first asked for."""
+    ttl: float | None = Field(default=None, gt=0)
+    """Seconds without use after which it is unloaded; never where absent."""
 
     @field_validator("path")
     @classmethod
-    def _expand(cls, path: Path) -> Path:
-        return path.expanduser()
+    def _expand(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path is not None else None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if (self.path is None) == (self.backend_url is None):
+            raise ValueError("a model needs either `path` or `backend_url`")
+        return self
 
     @property
-    def name(self) -> str:
-        """The model's name on the mesh."""
-        return self.alias or self.path.name.removesuffix(".gguf")
+    def name(self) -> str | None:
+        """The model's name on the mesh; None where a server still has to be asked for it."""
+        return self.alias or (self.path.name.removesuffix(".gguf") if self.path is not None else None)
 
 
 class NodeConfig(_Strict):
@@ -95,8 +120,10 @@ class NodeConfig(_Strict):
     """The llama-server to use instead of the one that is found."""
     backend_url: str | None = Field(default=None, pattern=r"^https?://")
     """An OpenAI-compatible server to use instead of supervising one."""
+    mode: Mode = Mode.BALANCED
+    """How much of the machine the models may take: efficiency, balanced or performance."""
     slots: int | None = Field(default=None, ge=1, le=256)
-    """Requests answered at the same time per model; 4 where absent."""
+    """Requests answered at the same time per model; chosen by `mode` where absent."""
     models: tuple[ModelSettings, ...] = ()
     """The models to serve; the demo model where empty."""
     drain_seconds: float = Field(default=10.0, ge=0, le=3600)
@@ -187,6 +214,7 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
+    simple = NodeConfig.model_fields.keys() - {"models", "api"}  # tables have no place in a variable
     for variable, text in environ.items():
         if (
             not variable.startswith(ENV_PREFIX)
@@ -195,8 +223,8 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         ):
             continue
         key = variable.removeprefix(ENV_PREFIX).lower()
-        if key not in NodeConfig.model_fields or key in {"models", "api"}:
-            raise _unknown(variable, [ENV_PREFIX + name.upper() for name in NodeConfig.model_fields])
+        if key not in simple:
+            raise _unknown(variable, [ENV_PREFIX + name.upper() for name in simple])
         if key in {"join", "advertise"}:
             values[key] = [part.strip() for part in text.split(",") if part.strip()]
         elif key == "gateway" and text.lower() in {"", "off", "none", "0"}:

@@ -29,24 +29,23 @@ from mesh.network import Network
 from mesh.transport import Listener, serve
 from node.__about__ import USER_AGENT
 from node.announcer import Announcer
-from node.config import DEMO_MODEL, Loaded, ModelSettings
+from node.config import Loaded
 from node.folder import DataFolder
 from node.gateway.server import Gateway, mesh_client
 from node.logs import log_file
+from node.models import EXIT_MODEL, choose_server, model_pool, named_models
 from node.monitor import INTERVAL, machine
 from node.served import ServedModel
 from node.service import Service
 from node.sockets import advertised, bind, local_address
 from node.state import NodeState
-from sidecar.errors import BinaryNotFound, SidecarError
-from sidecar.gguf import read_header
-from sidecar.runtime import Server, find_server
+from sidecar.changes import Change
+from sidecar.errors import SidecarError
+from sidecar.pool import ModelPool
 
 log = logging.getLogger("qmesh.node")
 
-EXIT_MODEL = 4
 ANNOUNCE_PATIENCE = 2.0
-EXIT_SERVER = 7
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 Emit = Callable[[Mapping[str, Any]], None]
@@ -63,6 +62,7 @@ class Node:
         self._hurry = asyncio.Event()
         self._changed = asyncio.Event()
         self._state: NodeState | None = None
+        self._pool: ModelPool | None = None
         self._dht: Dht | None = None
         self._listener: Listener | None = None
         self._announcer: Announcer | None = None
@@ -106,15 +106,15 @@ class Node:
         config = self.config
         identity = load_identity(folder.path)
         network, seeds = self._membership()
-        settings = config.models or (ModelSettings(path=DEMO_MODEL),)
-        server = await asyncio.to_thread(self._find_server, settings)
+        settings = await named_models(config)
+        server = await asyncio.to_thread(choose_server, config, settings)
         tcp, udp = bind(config.listen, or_next=not self.loaded.explicit("listen"))
         address, worker_id = local_address(tcp), identity.id.hex()
         self._state = state = NodeState(identity.id, network.name, advertised(tcp, config.advertise))
-        for one in settings:
-            if one.name in state.models:
-                raise ConfigurationError(f"two models are named {one.name!r}", "Give one another alias.")
-            state.models[one.name] = ServedModel(one, config, server, self._changed.set)
+        self._pool = pool = model_pool(config, settings, server, self._on_change)
+        await pool.__aenter__()
+        for name, one in settings.items():
+            state.models[name] = ServedModel(one, name, config, pool)
         self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack")
         await self._dht.start("", 0, sock=udp)
         service = Service(identity.id, state.models, self._dht, status=state.status, load=state.load)
@@ -151,7 +151,7 @@ class Node:
                 "address": address,
                 "advertised": list(state.addresses),
                 "machine": machine(),
-                "server": f"{server.version}: {server.reason}",
+                "server": f"{server.version}: {server.reason}" if server else str(config.backend_url),
                 "models": list(state.models),
             }
         )
@@ -190,21 +190,11 @@ class Node:
             seeds += target.addresses
         return network, seeds
 
-    def _find_server(self, settings: tuple[ModelSettings, ...]) -> Server:
-        """The server to run, once it is known that the model files are some. Blocks."""
-        for one in settings:
-            try:
-                read_header(one.path)
-            except (SidecarError, OSError) as error:
-                raise ConfigurationError(
-                    f"the model {one.path} cannot be used: {error}",
-                    "Name a GGUF file, or leave the model out to serve the built-in demo model.",
-                    exit_code=EXIT_MODEL,
-                ) from error
-        try:
-            return find_server(self.config.llama_server)
-        except BinaryNotFound as error:
-            raise ConfigurationError(str(error), "", exit_code=EXIT_SERVER) from error
+    def _on_change(self, name: str, change: Change) -> None:
+        """A model's server changed its state."""
+        assert self._state is not None
+        self._state.models[name].changed(change)
+        self._changed.set()
 
     async def _start_models(self) -> None:
         """Start every model; returns when all can answer or never will, or when asked to stop.
@@ -230,7 +220,10 @@ class Node:
 
     async def _start_model(self, model: ServedModel) -> str | None:
         try:
-            await model.start()
+            if model.settings.autostart:
+                await model.load()
+            else:
+                await model.identify()
         except (SidecarError, OSError) as error:
             self._emit({"event": "model_failed", "model": model.name, "error": str(error)})
             return f"{model.name} cannot be started: {error}"
@@ -288,10 +281,8 @@ class Node:
             group.create_task(self._listener.close(grace))
 
     async def _stop_models(self) -> None:
-        if self._state is not None:
-            async with asyncio.TaskGroup() as group:
-                for model in self._state.models.values():
-                    group.create_task(model.stop())
+        if self._pool is not None:
+            await self._pool.__aexit__(None, None, None)
 
     async def _stop_dht(self) -> None:
         if self._dht is not None:

@@ -1,7 +1,7 @@
 """A worker's health score, 0 to 100: how good an idea it is to send it a request now. Pure.
 
 The score is 100 × the product of its parts, each between 0 and 1, so that one bad part is enough to
-steer work away, and every part is monotone in its input. 0 means: no model can answer now.
+steer work away, and every part is monotone in its input. 0 means: the model cannot answer.
 
 ==========  =============================================================================
 slots       1 with every slot free, 0.5 with all of them busy
@@ -9,6 +9,7 @@ queue       1 with an empty queue, 0.2 with a full one
 cpu         1 up to 60 % load by *other* programs, then down to 0.5 at 100 %
 memory      1 down to 15 % of memory available, then down to 0.3 with none
 crashes     0.7 for each crash of the last ten minutes
+loaded      0.4 where the model has to be loaded before it can answer
 ==========  =============================================================================
 """
 
@@ -23,7 +24,9 @@ class HealthInputs:
     """What the score is made of. Fractions are between 0 and 1."""
 
     ready: bool
-    """Whether a model can answer now."""
+    """Whether a request would be answered."""
+    loaded: bool
+    """Whether it would be answered without loading the model first."""
     slots: int
     busy: int
     queue: int
@@ -52,6 +55,7 @@ def health(inputs: HealthInputs) -> Health:
         "cpu": 1 - 0.5 * _ramp(inputs.foreign_cpu, 0.6, 1.0),
         "memory": 1 - 0.7 * _ramp(1 - inputs.memory_available, 0.85, 1.0),
         "crashes": 0.7 ** max(0, inputs.recent_crashes),
+        "loaded": 1.0 if inputs.loaded else 0.4,
     }
     if not inputs.ready:
         return Health(0, parts)

@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 from node.config import ModelSettings, NodeConfig
@@ -14,12 +15,12 @@ from node.digest import SIZE, model_digest
 from node.gate import Gate
 from node.health import Health, HealthInputs, health
 from node.monitor import Sample
+from sidecar.changes import Backend, Change
 from sidecar.client import SidecarClient
-from sidecar.config import SidecarConfig
-from sidecar.errors import BackendError, SidecarError
-from sidecar.lifecycle import SERVING, State
-from sidecar.process import Change, Supervisor
-from sidecar.runtime import Server
+from sidecar.errors import SidecarError
+from sidecar.modes import SHARES
+from sidecar.pool import ModelPool
+from sidecar.states import State
 
 log = logging.getLogger("qmesh.node")
 
@@ -27,78 +28,86 @@ CRASH_MEMORY = 600.0
 SMOOTHING = 0.2
 SETTLE = 2.0
 """Seconds within which a server has ended a request that was cancelled."""
-DEFAULT_SLOTS = 4
 
 
 class ServedModel:
-    """A model, from its file to its answers. `on_change` is called whenever it begins or ceases to
-    be able to answer.
-    """
+    """A model, from its file or URL to its answers, within the node's pool of models."""
 
-    def __init__(
-        self, settings: ModelSettings, node: NodeConfig, server: Server, on_change: Callable[[], None]
-    ) -> None:
-        self.name = settings.name
-        self.path = settings.path
+    def __init__(self, settings: ModelSettings, name: str, node: NodeConfig, pool: ModelPool) -> None:
+        self.name = name
+        self.settings = settings
         self.digest = bytes(SIZE)
         self.generation_speed = 0.0
         self.prompt_speed = 0.0
-        self.server = server
-        self.supervisor = Supervisor(
-            SidecarConfig(
-                model=settings.path,
-                alias=self.name,
-                context=settings.context,
-                slots=settings.slots or node.slots or DEFAULT_SLOTS,
-                gpu_layers=settings.gpu_layers,
-                extra_args=settings.extra_args,
-                log_dir=node.data_dir / "logs",
-            ),
-            server,
-        )
-        self.gate = Gate(settings.slots or node.slots or DEFAULT_SLOTS)
+        self.gate = Gate(settings.slots or node.slots or SHARES[node.mode].slots)
+        self._pool = pool
         self._folder = node.data_dir
-        self._on_change = on_change
         self._crashes: deque[float] = deque(maxlen=64)
-        self._active = 0
+
+    @property
+    def backend(self) -> Backend | None:
+        """Its server, None while it was never needed."""
+        return self._pool.backend(self.name)
+
+    @property
+    def state(self) -> State:
+        """The state of its server."""
+        return self.backend.state if self.backend else State.STOPPED
+
+    @property
+    def loaded(self) -> bool:
+        """Whether it can answer now."""
+        return self.backend is not None and self.backend.client is not None
 
     @property
     def ready(self) -> bool:
-        """Whether it can answer now."""
-        return self.supervisor.client is not None and self.supervisor.info is not None
+        """Whether a request would be answered: it is loaded, or can be loaded for it."""
+        return self.loaded or (self.state is State.STOPPED and not self.settings.autostart)
 
     @property
-    def failed(self) -> SidecarError | None:
-        """Why it will not become ready by itself, or None while it may."""
-        return self.supervisor.last_error if self.supervisor.state is State.FAILED else None
+    def failed(self) -> bool:
+        """Whether it will not become ready by itself."""
+        return self.state is State.FAILED
 
     @property
-    def slots(self) -> int:
-        """Requests that it answers at the same time."""
-        return self.gate.admission.slots
+    def recovering(self) -> bool:
+        """Whether its server broke and is being started again."""
+        return not self.loaded and self.backend is not None and self.backend.last_error is not None
 
     @property
     def context(self) -> int:
         """Tokens of context per slot; 0 while unknown."""
-        return self.supervisor.info.context if self.supervisor.info else 0
+        return self.backend.info.context if self.backend and self.backend.info else 0
 
-    def client(self) -> SidecarClient | None:
-        """The server's client while it can answer, else None."""
-        return self.supervisor.client
+    @property
+    def pid(self) -> int | None:
+        """The process of its server."""
+        return self.backend.pid if self.backend else None
 
-    async def start(self) -> None:
-        """Start the server and wait until it can answer.
+    async def load(self, timeout: float | None = None) -> None:
+        """Load it. Raises SidecarError where it cannot be, OSError where the file cannot be read."""
+        await self.identify()
+        await self._pool.load(self.name, timeout)
 
-        Raises SidecarError where it never will; OSError where the file cannot be read.
-        """
-        self.digest = await asyncio.to_thread(model_digest, self.path, self._folder)
-        await self.supervisor.__aenter__()
-        self.supervisor.subscribe(self._changed)
-        await self.supervisor.ensure_ready()
+    async def unload(self, timeout: float | None = None) -> None:
+        """Unload it once nobody uses it. Raises SidecarError."""
+        await self._pool.unload(self.name, timeout)
 
-    async def stop(self) -> None:
-        """End the server; its process is gone afterwards. Idempotent."""
-        await self.supervisor.__aexit__(None, None, None)
+    async def identify(self) -> None:
+        """Learn the digest of its file. Raises OSError."""
+        if self.settings.path is not None:
+            self.digest = await asyncio.to_thread(model_digest, self.settings.path, self._folder)
+
+    def use(self, timeout: float | None) -> AbstractAsyncContextManager[SidecarClient]:
+        """Have its server for a request; loads it if need be. Raises SidecarError."""
+        return self._pool.use(self.name, timeout)
+
+    def changed(self, change: Change) -> None:
+        """Its server's state changed."""
+        if change.state in (State.BACKING_OFF, State.FAILED):
+            self._crashes.append(time.monotonic())
+        if self.backend is not None and self.backend.info is not None:
+            self.gate.resize(self.backend.info.slots)
 
     def health(self, machine: Sample, now: float) -> Health:
         """How well it can answer now. `now` is on the clock of `time.monotonic()`."""
@@ -108,6 +117,7 @@ class ServedModel:
         return health(
             HealthInputs(
                 ready=self.ready,
+                loaded=self.loaded,
                 slots=admission.slots,
                 busy=admission.busy,
                 queue=admission.waiting,
@@ -126,13 +136,14 @@ class ServedModel:
 
     async def settled(self) -> None:
         """Wait until the server works on no more requests than the node has given it: a cancelled
-        request occupies its slot a little longer. Bounded; returns early when the server is gone.
+        request occupies its slot a little longer. Bounded; returns early when the server is gone, and
+        where it does not tell (a server of somebody else).
         """
         until = time.monotonic() + SETTLE
-        while (client := self.client()) is not None and time.monotonic() < until:
+        while self.backend and (client := self.backend.client) and time.monotonic() < until:
             try:
                 slots = await client.call("GET", "/slots", timeout=SETTLE)
-            except (SidecarError, BackendError):
+            except SidecarError:
                 return
             if sum(bool(slot.get("is_processing")) for slot in slots) < self.gate.admission.busy:
                 return
@@ -142,10 +153,10 @@ class ServedModel:
         """The model's part of `status`."""
         score = self.health(machine, now)
         admission = self.gate.admission
-        error = self.supervisor.last_error
+        error = self.backend.last_error if self.backend else None
         return {
             "name": self.name,
-            "state": self.supervisor.state.value,
+            "state": self.state.value,
             "digest": self.digest.hex(),
             "context": self.context,
             "slots": admission.slots,
@@ -155,17 +166,11 @@ class ServedModel:
             "health_parts": {name: round(part, 3) for name, part in score.parts.items()},
             "generation_speed": round(self.generation_speed, 1),
             "prompt_speed": round(self.prompt_speed, 1),
-            "restarts": self.supervisor.restarts,
-            "pid": self.supervisor.pid,
+            "restarts": self.backend.restarts if self.backend else 0,
+            "memory": self._pool.status(self.name).memory,
+            "expires_in": self._pool.status(self.name).expires_in,
             "error": error.message if error else None,
         }
-
-    def _changed(self, change: Change) -> None:
-        if change.state in (State.BACKING_OFF, State.FAILED):
-            self._crashes.append(time.monotonic())
-        if change.state in SERVING and self.supervisor.info is not None:
-            self.gate.resize(self.supervisor.info.slots)
-        self._on_change()
 
 
 def _smooth(old: float, sample: object) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ from mesh.errors import (
     RemoteDeadline,
     RemoteError,
     ShuttingDown,
+    Unauthorized,
 )
 from mesh.identity import NodeId
 from mesh.limits import MAX_BODY
@@ -57,9 +59,13 @@ COUNTING = frozenset(
 
 LOADING_RETRY = 0.5
 """Seconds after which a model that is starting is worth asking again."""
+LOAD_PATIENCE = 300.0
+"""Seconds that a request without a deadline waits for its model to be loaded."""
 DEFAULT_COST = 256.0
 MAX_COST = 4096.0
 """The most tokens one request weighs in the queue, whatever it asks for."""
+BODY_PATIENCE = 60.0
+"""Seconds within which a request's body must have come."""
 MAX_WANT = 64
 MAX_NAME = 255
 
@@ -95,6 +101,8 @@ class Service:
                 await self._find(stream)
             case "models":
                 await stream.end({"models": await self._dht.models()})
+            case "load" | "unload":
+                await self._manage(stream)
             case _:
                 raise BadRequest(f"there is no method {stream.method[:40]!r}")
 
@@ -104,6 +112,17 @@ class Service:
         if peer == self._own_id:
             status["contacts"] = contacts(self._dht)
         return status
+
+    async def _manage(self, stream: Stream) -> None:
+        """Load or unload a model: only for the holder of the node's own key."""
+        if stream.peer_id != self._own_id:
+            raise Unauthorized("only this machine's user may do that")
+        model = self._model(stream.meta)
+        try:
+            await (model.load() if stream.method == "load" else model.unload())
+        except side.SidecarError as error:
+            raise BackendFailed(error.message[:500]) from error
+        await stream.end(self._status())
 
     async def _find(self, stream: Stream) -> None:
         model, want = stream.meta.get("model"), stream.meta.get("want", 16)
@@ -136,14 +155,16 @@ class Service:
         waited: float,
         deadline: float | None,
     ) -> None:
-        client = model.client()
-        if client is None:
+        if model.recovering:
+            # Refused at once: another worker may answer while this one's server comes back.
             raise self._not_ready(model)
         tail = Tail()
         whole = False
         try:
-            response = await client.request("POST", path, body, timeout=_left(deadline))
-            async with response:
+            async with (
+                model.use(_left(deadline) or LOAD_PATIENCE) as client,
+                await client.request("POST", path, body, timeout=_left(deadline)) as response,
+            ):
                 await stream.send_head(
                     {
                         "status": response.status,
@@ -173,7 +194,7 @@ class Service:
     def _parse(self, stream: Stream, now: float) -> tuple[str, float | None, int]:
         meta = stream.meta
         path, limit, priority = meta.get("path"), meta.get("deadline_ms"), meta.get("priority", 0)
-        if path not in GENERATING and path not in COUNTING:
+        if not isinstance(path, str) or (path not in GENERATING and path not in COUNTING):
             raise BadRequest(f"the endpoint {str(path)[:80]!r} is not served to peers")
         if limit is not None and (not isinstance(limit, int) or limit <= 0):
             raise BadRequest("deadline_ms must be a positive number")
@@ -181,7 +202,7 @@ class Service:
             raise BadRequest("priority must be a number")
         # Only this machine's own client may go before the others; anybody may stand back.
         most = 1 if stream.peer_id == self._own_id else 0
-        return str(path), None if limit is None else now + limit / 1000, max(-1, min(priority, most))
+        return path, None if limit is None else now + limit / 1000, max(-1, min(priority, most))
 
     def _model(self, meta: Mapping[str, Any]) -> ServedModel:
         name = meta.get("model")
@@ -192,7 +213,7 @@ class Service:
 
     @staticmethod
     def _not_ready(model: ServedModel) -> RemoteError:
-        if model.failed is not None:
+        if model.failed:
             return BackendFailed(f"{model.name} cannot be started")
         return Overloaded(f"{model.name} is starting", retry_after=LOADING_RETRY)
 
@@ -264,14 +285,11 @@ async def _body(stream: Stream) -> bytes:
             return orjson.dumps(inline)
         except TypeError as error:
             raise BadRequest("body cannot be written as JSON") from error
-    parts: list[bytes] = []
-    size = 0
-    while (data := await stream.read()) is not None:
-        size += len(data)
-        if size > MAX_BODY:
-            raise BadRequest(f"the request's body is larger than {MAX_BODY} bytes")
-        parts.append(data)
-    return b"".join(parts)
+    try:
+        async with asyncio.timeout(BODY_PATIENCE):
+            return await stream.read_all(MAX_BODY)
+    except TimeoutError:
+        raise RemoteDeadline(f"the request's body did not come within {BODY_PATIENCE:g} s") from None
 
 
 def _cost(body: bytes) -> float:

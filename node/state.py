@@ -27,7 +27,7 @@ class NodeState:
 
     def sample(self) -> None:
         """Look at the machine."""
-        pids = [model.supervisor.pid for model in self.models.values()]
+        pids = [model.pid for model in self.models.values()]
         self._monitor.update([os.getpid(), *(pid for pid in pids if pid is not None)])
 
     def load(self) -> dict[str, int]:
@@ -77,7 +77,7 @@ class NodeState:
                 model=model.name,
                 digest=model.digest,
                 health=self._health(model),
-                slots=model.slots,
+                slots=model.gate.admission.slots,
                 context=model.context,
                 generation_speed=round(model.generation_speed, 1),
                 prompt_speed=round(model.prompt_speed, 1),

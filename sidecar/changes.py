@@ -9,6 +9,7 @@ from typing import Protocol, Self
 
 from sidecar.client import SidecarClient
 from sidecar.errors import SidecarError
+from sidecar.probe import Info
 from sidecar.states import State
 
 
@@ -41,6 +42,15 @@ class Backend(Protocol):
     """A server that answers for one model: `Supervisor` or `ExternalBackend`."""
 
     last_error: SidecarError | None
+    info: Info | None
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id, or None while there is none of ours."""
+
+    @property
+    def restarts(self) -> int:
+        """Restarts after a failure."""
 
     @property
     def state(self) -> State:

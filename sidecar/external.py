@@ -61,6 +61,16 @@ class ExternalBackend:
         return self._client if self._state in SERVING else None
 
     @property
+    def pid(self) -> int | None:
+        """It is no process of ours."""
+        return None
+
+    @property
+    def restarts(self) -> int:
+        """It is not ours to restart."""
+        return 0
+
+    @property
     def memory(self) -> int:
         """It takes none of ours."""
         return 0

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -88,7 +89,8 @@ class ModelPool:
     """The models of one node; an async context manager that leaves no process.
 
     `limit` is in bytes for all models together. A model that is larger than that is loaded alone.
-    `make` builds a backend for a configuration; it is there for tests.
+    `on_change` is told the name of a model whose state changed, and how. `make` builds a backend for a
+    configuration; it is there for tests.
     """
 
     def __init__(
@@ -97,12 +99,14 @@ class ModelPool:
         server: Server | None,
         limit: int,
         *,
+        on_change: Callable[[str, Change], None] | None = None,
         make: Callable[[SidecarConfig], Backend] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._models = {entry.config.name: _Model(entry) for entry in entries}
         self._server, self._limit, self._clock = server, limit, clock
         self._make = make or self._backend
+        self._told = on_change
         self._loading = asyncio.Lock()
         self._changed = asyncio.Condition()
         self._keeper: asyncio.Task[None] | None = None
@@ -119,20 +123,21 @@ class ModelPool:
 
     def ps(self) -> list[ModelStatus]:
         """What is configured and what of it is loaded."""
-        now = self._clock()
-        return [
-            ModelStatus(
-                name=name,
-                state=model.state,
-                pid=getattr(model.backend, "pid", None),
-                memory=model.memory if model.resident else 0,
-                users=model.users,
-                idle=0.0 if model.users or not model.resident else now - model.used_at,
-                expires_in=self._expiry(model),
-                error=model.backend.last_error if model.backend else None,
-            )
-            for name, model in self._models.items()
-        ]
+        return [self.status(name) for name in self._models]
+
+    def status(self, name: str) -> ModelStatus:
+        """One model's line of `ps`. Raises UnknownModel."""
+        model = self._find(name)
+        return ModelStatus(
+            name=name,
+            state=model.state,
+            pid=model.backend.pid if model.backend else None,
+            memory=model.memory if model.resident else 0,
+            users=model.users,
+            idle=0.0 if model.users or not model.resident else self._clock() - model.used_at,
+            expires_in=self._expiry(model),
+            error=model.backend.last_error if model.backend else None,
+        )
 
     async def __aenter__(self) -> Self:
         self._keeper = asyncio.create_task(self._keep(), name="model pool")
@@ -227,7 +232,7 @@ class ModelPool:
         if model.backend is None:
             backend = self._make(model.entry.config)
             await backend.__aenter__()
-            backend.subscribe(self._on_change)
+            backend.subscribe(partial(self._on_change, model.entry.config.name))
             model.backend = backend
         await self._make_room(model)
         model.starting = True
@@ -292,8 +297,10 @@ class ModelPool:
             return None
         return model.used_at + ttl - self._clock()
 
-    def _on_change(self, _change: Change) -> None:
+    def _on_change(self, name: str, change: Change) -> None:
         self._notes.set()
+        if self._told is not None:
+            self._told(name, change)
 
     async def _notify(self) -> None:
         self._notes.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from node.cli import cluster, gateway, generate, inspect, keys, run
+from node.cli import cluster, gateway, generate, inspect, keys, manage, run, runtime
 
 app = typer.Typer(
     name="qmesh-node",
@@ -21,10 +21,14 @@ app.command()(generate.chat)
 app.command()(inspect.status)
 app.command()(inspect.peers)
 app.command()(inspect.models)
+app.command()(manage.ps)
+app.command()(manage.load)
+app.command()(manage.unload)
 app.command()(inspect.identity)
 app.command()(inspect.version)
 app.add_typer(cluster.app, name="cluster")
 app.add_typer(keys.app, name="keys")
+app.add_typer(runtime.app, name="runtime")
 
 
 def main() -> None:

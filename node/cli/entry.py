@@ -17,6 +17,7 @@ from node.config import default_data_dir
 from node.folder import running_node
 
 STATUS_TIMEOUT = 10.0
+LOAD_TIMEOUT = 600.0
 
 
 def local_node(data_dir: Path | None) -> tuple[Path, dict[str, Any]]:
@@ -42,8 +43,13 @@ def mesh_client(join: list[str] | None, network: str | None, data_dir: Path | No
     )
 
 
-async def ask_local(data_dir: Path | None, method: str) -> Mapping[str, Any]:
-    """One question to the node that runs here, asked with its own identity."""
+async def ask_local(
+    data_dir: Path | None,
+    method: str,
+    meta: Mapping[str, Any] | None = None,
+    timeout: float = STATUS_TIMEOUT,
+) -> Mapping[str, Any]:
+    """One question to the node that runs here, asked with its own identity. `timeout` in seconds."""
     folder, facts = local_node(data_dir)
     identity = load_identity(folder)
     connection = await connect(
@@ -54,8 +60,8 @@ async def ask_local(data_dir: Path | None, method: str) -> Mapping[str, Any]:
         timeout=STATUS_TIMEOUT,
     )
     try:
-        async with await connection.open(method, {}) as stream:
-            while await stream.read(timeout=STATUS_TIMEOUT) is not None:
+        async with await connection.open(method, meta or {}) as stream:
+            while await stream.read(timeout=timeout) is not None:
                 pass
             return stream.trailer or {}
     finally:

@@ -37,6 +37,10 @@ def run(
         str | None, typer.Option(metavar="URL", help="Use this OpenAI-compatible server instead.")
     ] = None,
     slots: Annotated[int | None, typer.Option(min=1, max=256, help="Answers at the same time.")] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(metavar="MODE", help="How much of the machine: efficiency, balanced or performance."),
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The folder for everything it writes.")
     ] = None,
@@ -65,6 +69,7 @@ def run(
             "llama_server": llama_server,
             "backend_url": backend_url,
             "slots": slots,
+            "mode": mode,
             "data_dir": data_dir,
             "log_format": log_format,
         }

@@ -125,7 +125,7 @@ def test_unknown_settings_are_refused_with_a_hint(
         ("drain_seconds = -1\n", ["drain_seconds"]),
         ("advertise = ['nowhere']\n", ["advertise", "nowhere", "HOST:PORT"]),
         ("models = 5\n", ["models", "5"]),
-        ("[[models]]\nalias = 'x'\n", ["models.0.path", "missing"]),
+        ("[[models]]\nalias = 'x'\n", ["models.0", "path"]),
         ("[[models]]\npath = 'x'\ncontext = 1\n", ["models.0.context"]),
     ],
 )

@@ -1,0 +1,57 @@
+"""`ps`, `load`, `unload`: the models of the node that runs here."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+
+from node.cli import options
+from node.cli.output import data, reporting, table
+
+Name = Annotated[str, typer.Argument(metavar="MODEL", help="The model's name, as `ps` shows it.")]
+
+
+def ps(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+    """The models of the node here, and which of them are loaded."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import ask_local
+
+        _show(asyncio.run(ask_local(data_dir, "status")), as_json=as_json)
+
+
+def load(model: Name, data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+    """Load a model now, also one whose server had failed; others make room if need be."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import LOAD_TIMEOUT, ask_local
+
+        _show(asyncio.run(ask_local(data_dir, "load", {"model": model}, LOAD_TIMEOUT)), as_json=as_json)
+
+
+def unload(model: Name, data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+    """Unload a model once nobody uses it; the next request for it loads it again."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import LOAD_TIMEOUT, ask_local
+
+        _show(asyncio.run(ask_local(data_dir, "unload", {"model": model}, LOAD_TIMEOUT)), as_json=as_json)
+
+
+def _show(status: Mapping[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        for model in status["models"]:
+            data(model)
+        return
+    rows = [
+        [
+            model["name"],
+            model["state"],
+            f"{model['busy']}/{model['slots']}",
+            f"{model['queue']}",
+            f"{model['memory'] / (1 << 20):.0f} MiB",
+            "-" if model["expires_in"] is None else f"{model['expires_in']:.0f} s",
+        ]
+        for model in status["models"]
+    ]
+    table(["MODEL", "STATE", "BUSY", "WAITING", "MEMORY", "UNLOADS IN"], rows)
