@@ -151,7 +151,7 @@ class Node:
                 "address": address,
                 "advertised": list(state.addresses),
                 "machine": machine(),
-                "server": f"{server.version}: {server.reason}" if server else str(config.backend_url),
+                "server": f"{server.version}: {server.reason}" if server else "none of its own: servers that others run",
                 "models": list(state.models),
             }
         )

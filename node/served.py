@@ -40,6 +40,8 @@ class ServedModel:
         self.generation_speed = 0.0
         self.prompt_speed = 0.0
         self.gate = Gate(settings.slots or node.slots or SHARES[node.mode].slots)
+        self._on_demand = not settings.autostart
+        """Whether a request may load it: not before its first load by autostart."""
         self._pool = pool
         self._folder = node.data_dir
         self._crashes: deque[float] = deque(maxlen=64)
@@ -62,7 +64,7 @@ class ServedModel:
     @property
     def ready(self) -> bool:
         """Whether a request would be answered: it is loaded, or can be loaded for it."""
-        return self.loaded or (self.state is State.STOPPED and not self.settings.autostart)
+        return self.loaded or (self.state is State.STOPPED and self._on_demand)
 
     @property
     def failed(self) -> bool:
@@ -88,6 +90,7 @@ class ServedModel:
         """Load it. Raises SidecarError where it cannot be, OSError where the file cannot be read."""
         await self.identify()
         await self._pool.load(self.name, timeout)
+        self._on_demand = True
 
     async def unload(self, timeout: float | None = None) -> None:
         """Unload it once nobody uses it. Raises SidecarError."""
