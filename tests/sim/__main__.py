@@ -21,7 +21,7 @@ Scenario = Callable[[World, int], Awaitable[dict[str, Any]]]
 
 SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "routing": (lambda w, n: scenarios.routing(w, n, lookups=1000), 10_000),
-    "churn": (lambda w, n: scenarios.churn(w, n, minutes=3), 10_000),
+    "churn": (lambda w, n: scenarios.churn(w, n, minutes=3, announcing=1 if n < 5000 else 0.25), 10_000),
     "liars": (lambda w, n: scenarios.liars(w, n, lookups=500), 10_000),
     "popular": (lambda w, n: scenarios.popular(w, n, workers=10 * n, samples=2000, settle=420), 2_000),
     "hostile": (lambda w, n: scenarios.hostile(w, n, datagrams=1_000_000), 12),

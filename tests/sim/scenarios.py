@@ -84,44 +84,50 @@ async def timed_lookup(world: World, member: Member, model: str, lookups: Lookup
 
 
 async def churn(
-    world: World, nodes: int, *, minutes: float, life: float = 1800.0, models: int = 0
+    world: World, nodes: int, *, minutes: float, life: float = 1800.0, announcing: float = 1.0
 ) -> dict[str, Any]:
-    """Nodes live for `life` seconds on average and are replaced; each announces one of `models` models."""
+    """Nodes live for `life` seconds on average and are replaced; a share of them announces a model.
+
+    There is one model for every ten nodes that announce.
+    """
     population = Population(world)
-    models = models or max(2, nodes // 10)
     await population.grow(nodes, seeds=0)
     population.wire()
     announcer = Announcer(population)
-    serves: dict[Member, str] = {}
-    for number, member in enumerate(population.members):
-        serves[member] = f"model-{number % models}"
-        announcer.begin(member, serves[member])
+    workers = population.members[: round(nodes * announcing)]
+    serves = {member: f"model-{number // 10}" for number, member in enumerate(workers)}
+    for member, model in serves.items():
+        announcer.begin(member, model)
     await asyncio.sleep(1.5 * ANNOUNCE_INTERVAL)
     traffic = Traffic(population)
     lookups = Lookups()
     end = world.loop.time() + 60 * minutes
-    pause = min(life / nodes, 60 * minutes / 400)
-    replacement = life / nodes
     next_death = world.loop.time()
     while world.loop.time() < end:
-        await asyncio.sleep(pause)
         while next_death < world.loop.time():
-            next_death += population.rng.expovariate(1 / replacement)
+            next_death += population.rng.expovariate(nodes / life)
             victim = population.rng.choice(population.members)
             await announcer.end(victim)
             await population.kill(victim)
-            model = serves.pop(victim)
             [born] = await population.grow(1)
-            serves[born] = model
-            announcer.begin(born, model, spread=1.0)
-        asker = population.rng.choice(population.members)
-        wanted = population.rng.choice(list(serves.values()))
-        if serves[asker] != wanted:
-            await timed_lookup(world, asker, wanted, lookups)
+            model = serves.pop(victim, "")
+            if model:
+                serves[born] = model
+                announcer.begin(born, model, spread=1.0)
+        models = list(serves.values())
+        pairs = [(population.rng.choice(population.members), population.rng.choice(models)) for _ in range(5)]
+        await asyncio.gather(
+            *(
+                timed_lookup(world, asker, model, lookups)
+                for asker, model in pairs
+                if serves.get(asker) != model
+            )
+        )
+        await asyncio.sleep(0.1)
     per_node = traffic.per_node()
     await announcer.end()
     await population.stop()
-    return {"nodes": nodes, **lookups.summary(), **per_node}
+    return {"nodes": nodes, "announcing": announcing, **lookups.summary(), **per_node}
 
 
 class Traffic:
