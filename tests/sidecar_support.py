@@ -18,18 +18,18 @@ DEMO = ROOT / "sidecar" / "assets" / "qmesh-demo.gguf"
 FAKE = Path(__file__).parent / "fakes" / "llama_server.py"
 
 QUICK = Policy(
-    load_stall=1.0,
+    load_stall=seconds(10.0),
     backoff_first=0.02,
     backoff_factor=1.5,
-    hang_after=0.6,
-    stall_after=0.6,
-    stall_computing_after=1.2,
+    hang_after=seconds(1.0),
+    stall_after=seconds(0.8),
+    stall_computing_after=seconds(1.6),
     term_again=0.4,
     kill_after=0.3,
 )
 """The default policy with its waits made short."""
 
-QUICK_PROBES = Probing(progress=0.1, tell=0.5, idle=0.1, busy=0.1, degraded=0.05, timeout=0.3)
+QUICK_PROBES = Probing(progress=0.1, tell=0.5, idle=0.1, busy=0.1, degraded=0.05, timeout=seconds(0.4))
 
 
 def real_server() -> Server:
