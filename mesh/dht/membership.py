@@ -225,9 +225,4 @@ class Membership:
         self._next_check = now + limits.CHECK_INTERVAL * self._rng.uniform(0.75, 1.25)
         self._protocol.storage.sweep(self._wall())
         stale: list[Contact] = self._table.stalest(limits.CHECKS_AT_ONCE, now - limits.STALE_CONTACT)
-        await asyncio.gather(
-            *(
-                self._protocol.call(contact.address, "ping", self._protocol.ping_arguments())
-                for contact in stale
-            )
-        )
+        await asyncio.gather(*(self._protocol.meet(contact.address, "dht") for contact in stale))

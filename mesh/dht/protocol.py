@@ -30,6 +30,7 @@ _PONG_DOMAIN = b"qmesh/dht/1"
 _NONCE_SIZE = 16
 _INSTANCE_SIZE = 16
 _OWN_ADDRESS_MEMORY = 60.0
+_MOVED_AFTER = 30.0
 _SEEN_ADDRESSES = 64
 _FIND_HEAD = OVERHEAD + 64
 """Bytes of a find reply besides its neighbours and records: ids, token, counts and msgpack's own."""
@@ -150,14 +151,18 @@ class MeshProtocol(RpcProtocol):
     def heard(self, node_id: bytes, address: Address) -> None:
         """Verify whom we meet, if there is room in the table."""
         self.forget_silence(address)
+        now = self.environment.clock()
         contact_id = dht_id(node_id)
         contact = self.router.get(contact_id)
         if contact_id == self.source_node.id:
             self.met_own_id(address)
         elif contact is not None and contact.address == address:
-            contact.seen(self.environment.clock())
+            contact.seen(now)
         elif self.router.wants(contact_id, address):
             self._verify(address, contact_id)
+        elif contact is not None and now - contact.last_seen > _MOVED_AFTER:
+            # It may have moved: whether it is still at its old address decides.
+            self._verify(contact.address, contact_id)
 
     def met_own_id(self, address: Address) -> None:
         """Somebody says that our id is at an address: ours, or of another node with our key."""
@@ -207,10 +212,14 @@ class MeshProtocol(RpcProtocol):
         if contact.id == self.source_node.id:
             self._compare_instances(ping.address, reply[4])
             return None
-        if self.router.isolated:
-            # We were without a network, and blamed the others for it.
-            self.forget_silence()
-        self.router.add(contact)
+        known = self.router.get(contact.id)
+        if known is not None and known.address == contact.address:
+            known.update(contact)
+        else:
+            if self.router.isolated:
+                # We were without a network, and blamed the others for it.
+                self.forget_silence()
+            self.router.add(contact)
         return contact
 
     def _compare_instances(self, address: Address, instance: bytes) -> None:

@@ -327,5 +327,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         contact = self.router.at(address)
         if contact is not None and contact.id == contact_id:
             contact.seen(now, now - pending.sent)
+        elif contact is not None:
+            # Somebody else lives there now.
+            self.router.failed(contact)
         pending.done(reply)
         self.heard(node_id, address)

@@ -41,6 +41,13 @@ class Contact(Node):  # type: ignore[misc]  # the package has no types
         if rtt is not None:
             self.rtt = rtt if self.rtt is None else self.rtt + (rtt - self.rtt) / 8
 
+    def update(self, latest: Contact) -> None:
+        """It proved itself again; how it was found is worth more the more it says."""
+        self.clock_offset = latest.clock_offset
+        self.seen_address = latest.seen_address
+        if latest.found != "dht":
+            self.found = latest.found
+
 
 class Table(RoutingTable):  # type: ignore[misc]  # the package has no types
     """Contacts by distance. Buckets are the package's; who enters and who is near is decided here.

@@ -100,6 +100,29 @@ def test_a_node_that_slept_comes_back_by_itself() -> None:
     world.run(scenario())
 
 
+def test_a_node_that_moved_to_another_address_is_found_there() -> None:
+    world = World(13)
+
+    async def scenario() -> None:
+        population = Population(world)
+        await population.grow(10)
+        await asyncio.sleep(60)
+        mover = population.members[4]
+        old = mover.address
+        await mover.dht.stop()
+        mover.address = (world.new_host(), old[1])
+        await mover.start([population.members[0].address])
+        for _ in range(3):
+            await asyncio.sleep(60)
+            await mover.announce("m")
+        others = [member for member in population.members if member is not mover]
+        assert sum(any(c.address == mover.address for c in member.table) for member in others) >= 8
+        assert not any(c.address == old for member in others for c in member.table)
+        await population.stop()
+
+    world.run(scenario())
+
+
 def test_an_outsider_with_every_address_learns_nothing_of_a_private_mesh() -> None:
     world = World(10)
     private = Network("home", b"s" * 32)
