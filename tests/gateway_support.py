@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -38,9 +39,8 @@ CALLED = '<tool_call>\n{"name": "weather", "arguments": {"city": "Oslo"}}\n</too
 TO_LISTEN = ("--gateway", "127.0.0.1:0")
 
 
-def with_models(folder: Path, number: int, models: list[dict[str, Any]]) -> None:
-    """Have the cluster's node of this number serve these models."""
-    home = folder / f"node-{number}"
+def with_models(home: Path, models: list[dict[str, Any]]) -> None:
+    """Have the node with this data folder serve these models."""
     home.mkdir(parents=True)
     blocks = []
     for model in models:
@@ -87,6 +87,66 @@ async def gateway_to(join: str, folder: Path, **settings: Any) -> AsyncIterator[
         "127.0.0.1:0", client, folder, settings=GatewaySettings.model_validate(settings)
     ) as gateway:
         yield gateway
+
+
+class RunningNode:
+    """A node in a process of its own, from before it is ready."""
+
+    def __init__(self, process: asyncio.subprocess.Process, folder: Path) -> None:
+        self._process = process
+        self._folder = folder
+        self.pid = process.pid
+
+    async def published(self) -> dict[str, Any]:
+        """What it tells other commands, as soon as its gateway listens."""
+        path = self._folder / "node.json"
+        async with asyncio.timeout(seconds(15)):
+            while not path.exists():  # noqa: ASYNC110 - there is no event
+                await asyncio.sleep(0.02)
+        facts: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        return facts
+
+    async def ready(self) -> dict[str, Any]:
+        """Its `ready` event."""
+        assert self._process.stdout is not None
+        async with asyncio.timeout(seconds(30)):
+            async for line in self._process.stdout:
+                event: dict[str, Any] = json.loads(line)
+                if event["event"] == "ready":
+                    return event
+        raise AssertionError(f"the node did not become ready:\n{self.errors()}")
+
+    async def exit_code(self) -> int:
+        """Its exit status, once it has ended."""
+        async with asyncio.timeout(seconds(20)):
+            await self._process.communicate()
+        assert self._process.returncode is not None
+        return self._process.returncode
+
+    def errors(self) -> str:
+        """What it wrote to stderr."""
+        return (self._folder / "stderr.log").read_text("utf-8")
+
+
+@asynccontextmanager
+async def running_node(folder: Path, models: list[dict[str, Any]], *extra: str) -> AsyncIterator[RunningNode]:
+    """Start `qmesh-node run` with these models; it is ended with the block."""
+    with_models(folder, models)
+    command = [sys.executable, "-P", "-m", "node", "run", "--json", "--no-mdns", "--data-dir", str(folder)]
+    with (folder / "stderr.log").open("wb") as errors:
+        process = await asyncio.create_subprocess_exec(
+            *[*command, "--listen", "127.0.0.1:0", *TO_LISTEN, *extra],
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=errors,
+        )
+    node = RunningNode(process, folder)
+    try:
+        yield node
+    finally:
+        if process.returncode is None:
+            process.terminate()
+        await node.exit_code()
 
 
 async def metric(session: aiohttp.ClientSession, url: str, name: str, **labels: str) -> float:

@@ -70,8 +70,6 @@ class Outlet:
     async def fail(self, error: ApiError) -> web.StreamResponse:
         """A streamed answer breaks off: its last event says why."""
         await self.write(error.event(self._call.form, self._call.id))
-        assert self._response is not None
-        self._response.force_close()
         return await self.end()
 
     def whole(self, status: int, content_type: str, body: bytes, headers: Mapping[str, str]) -> web.Response:

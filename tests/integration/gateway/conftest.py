@@ -17,8 +17,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Member]]:
     folder = tmp_path_factory.mktemp("mesh")
     template = (DATA / "tools.jinja").read_text(encoding="utf-8")
     with_models(
-        folder,
-        1,
+        folder / "node-1",
         [
             {"slots": 2},
             {"alias": SOLO, "slots": 1},
