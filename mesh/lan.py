@@ -28,6 +28,8 @@ SERVICE_TYPE = "_qmesh._tcp.local."
 _RESOLVE_TIMEOUT_MS = 3000
 _CLOSE_TIMEOUT = 3.0
 _MAX_WAITING = 256
+_CHECK_INTERVAL = 30.0
+_RETRY = 60.0
 _VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "vmnet", "vboxnet", "lxc", "podman")
 """Interfaces whose addresses are the same on many machines and reach no other of them."""
 
@@ -74,24 +76,28 @@ class Lan:
         self._changed: asyncio.Queue[str] = asyncio.Queue(_MAX_WAITING)
 
     async def run(self, host: str, port: int) -> None:
-        """Announce ``host:port`` and search until cancelled; returns at once where mDNS is impossible.
+        """Announce ``host:port`` and search, until cancelled; anew when the machine's addresses change.
 
         An unspecified host (``0.0.0.0``, ``::``) stands for all of `local_addresses`.
         """
-        hosts = local_addresses() or ["127.0.0.1"] if ip_address(host).is_unspecified else [host]
-        try:
-            zeroconf = AsyncZeroconf(interfaces=_interfaces(hosts), ip_version=_ip_version(hosts))
-        except (OSError, ZeroconfError) as error:
-            self.problem = f"mDNS is not possible here: {error}"
-            log.warning("%s", self.problem)
-            return
-        try:
-            await self._announce_and_search(zeroconf, hosts, port)
-        finally:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(zeroconf.async_close(), _CLOSE_TIMEOUT)
+        while True:
+            hosts = _announced(host)
+            try:
+                zeroconf = AsyncZeroconf(interfaces=_interfaces(hosts), ip_version=_ip_version(hosts))
+                try:
+                    self.problem = None
+                    await self._announce_and_search(zeroconf, hosts, host, port)
+                finally:
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(zeroconf.async_close(), _CLOSE_TIMEOUT)
+            except (OSError, ZeroconfError) as error:
+                self.problem = f"mDNS is not possible here: {error}"
+                log.warning("%s", self.problem)
+                await asyncio.sleep(_RETRY)
 
-    async def _announce_and_search(self, zeroconf: AsyncZeroconf, hosts: list[str], port: int) -> None:
+    async def _announce_and_search(
+        self, zeroconf: AsyncZeroconf, hosts: list[str], host: str, port: int
+    ) -> None:
         service = AsyncServiceInfo(
             SERVICE_TYPE,
             self._name,
@@ -104,10 +110,13 @@ class Lan:
         try:
             await zeroconf.async_register_service(service)
             while True:
-                await self._resolve(zeroconf.zeroconf, await self._changed.get())
-        except (OSError, ZeroconfError) as error:
-            self.problem = f"mDNS failed: {error}"
-            log.warning("%s", self.problem)
+                try:
+                    name = await asyncio.wait_for(self._changed.get(), _CHECK_INTERVAL)
+                except TimeoutError:
+                    if _announced(host) != hosts:
+                        return
+                else:
+                    await self._resolve(zeroconf.zeroconf, name)
         finally:
             await browser.async_cancel()
             await zeroconf.async_unregister_all_services()
@@ -127,6 +136,10 @@ class Lan:
         addresses = [(host, service.port) for host in service.parsed_addresses() if _usable(host)]
         if addresses:
             self._on_found(addresses)
+
+
+def _announced(host: str) -> list[str]:
+    return (local_addresses() or ["127.0.0.1"]) if ip_address(host).is_unspecified else [host]
 
 
 def _usable(host: str) -> bool:

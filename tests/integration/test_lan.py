@@ -53,15 +53,41 @@ async def test_two_nodes_find_each_other_and_no_other_mesh() -> None:
     assert stranger.addresses == set()
 
 
-async def test_without_mdns_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_without_mdns_the_reason_is_kept_and_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = asyncio.Event()
+    attempts = 0
+
     def refuse(*_: object, **__: object) -> None:
+        nonlocal attempts
+        attempts += 1
+        if attempts == 2:
+            tried.set()
         raise OSError(19, "No such device")
 
     monkeypatch.setattr("mesh.lan.AsyncZeroconf", refuse)
+    monkeypatch.setattr("mesh.lan._RETRY", 0.01)
     lan = Lan(OPEN, Found())
-    await asyncio.wait_for(lan.run("127.0.0.1", 9470), seconds(5))
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(lan.run("127.0.0.1", 9470))
+        await asyncio.wait_for(tried.wait(), seconds(5))
+        task.cancel()
     assert lan.problem is not None
     assert "No such device" in lan.problem
+
+
+async def test_new_addresses_are_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    hosts = ["127.0.0.2"]
+    monkeypatch.setattr("mesh.lan.local_addresses", lambda: list(hosts))
+    monkeypatch.setattr("mesh.lan._CHECK_INTERVAL", 0.1)
+    seen, ignored = Found(), Found()
+    async with asyncio.TaskGroup() as group:
+        moving = group.create_task(Lan(OPEN, ignored).run("0.0.0.0", 9470))
+        await asyncio.sleep(0)
+        hosts[:] = ["127.0.0.1"]
+        watching = group.create_task(Lan(OPEN, seen).run("127.0.0.1", 9471))
+        await seen.until(lambda found: ("127.0.0.1", 9470) in found)
+        moving.cancel()
+        watching.cancel()
 
 
 def test_the_tag_tells_meshes_apart_and_hides_names() -> None:
