@@ -4,7 +4,8 @@
 
 Handshakes per second, small messages per second, bulk MB/s in both directions, 1,000 streams at once on
 one connection, and the memory of an idle connection and of an idle stream (growth of the serving
-process's unshared memory, which leaves out what the kernel keeps for a socket).
+process's unshared memory, which leaves out what the kernel keeps for a socket). Next to each rate stands
+the processor time that it took on the busier side, which other programs of the machine hardly change.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ async def handler(stream: Stream) -> None:
     elif stream.method == "hold":
         await stream.send_head({})
         await stream.read()
-    elif stream.method == "memory":
-        await stream.end({"uss": psutil.Process().memory_full_info().uss})
+    elif stream.method == "usage":
+        await stream.end({"uss": psutil.Process().memory_full_info().uss, "cpu": time.process_time()})
 
 
 async def serve_forever() -> None:
@@ -86,12 +87,12 @@ class Server:
             "127.0.0.1", self.port, identity=Identity(), network=NETWORK, peer_id=self.node_id
         )
 
-    async def memory(self, connection: Connection) -> int:
-        """Unshared bytes of the process."""
-        async with await connection.open("memory", {}) as stream:
+    async def usage(self, connection: Connection) -> tuple[float, float]:
+        """Unshared KiB and processor seconds of the process."""
+        async with await connection.open("usage", {}) as stream:
             await stream.read()
             assert stream.trailer is not None
-            return int(stream.trailer["uss"])
+            return stream.trailer["uss"] / 1024, stream.trailer["cpu"]
 
 
 @asynccontextmanager
@@ -138,59 +139,74 @@ def pure_handshakes(seconds: float) -> float:
     return (time.perf_counter() - start) / count / 2 * 1e6
 
 
+class Meter:
+    """Collects figures: a rate, and the processor time of the busier side for one of what is counted."""
+
+    def __init__(self, other: Server, connection: Connection, figures: dict[str, float]) -> None:
+        self.other = other
+        self.connection = connection
+        self.figures = figures
+
+    @asynccontextmanager
+    async def rate(self, name: str, count: float, unit: str, scale: float = 1e6) -> AsyncIterator[None]:
+        """Times the block, in which `count` things happen."""
+        _, there = await self.other.usage(self.connection)
+        here, start = time.process_time(), time.perf_counter()
+        yield
+        elapsed, used = time.perf_counter() - start, time.process_time() - here
+        busier = max(used, (await self.other.usage(self.connection))[1] - there)
+        self.figures[name] = count / elapsed
+        self.figures[f"  {unit}"] = busier / count * scale
+
+
 async def measure(seconds: float) -> dict[str, float]:
     """Every figure, by name."""
     figures: dict[str, float] = {"handshake, one side, µs": pure_handshakes(seconds / 2)}
     async with server() as other:
-        start, count = time.perf_counter(), 0
-        while time.perf_counter() - start < seconds:
-            connections = await asyncio.gather(*(other.connect() for _ in range(8)))
-            await asyncio.gather(*(connection.close() for connection in connections))
-            count += len(connections)
-        figures["connections opened and closed/s"] = count / (time.perf_counter() - start)
-
         connection = await other.connect()
+        meter = Meter(other, connection, figures)
+        rounds = int(seconds * 50)
+        async with meter.rate("connections opened and closed/s", rounds * 8, "µs of processor for one"):
+            for _ in range(rounds):
+                connections = await asyncio.gather(*(other.connect() for _ in range(8)))
+                await asyncio.gather(*(one.close() for one in connections))
         figures["PING round trip, µs"] = await round_trip(connection, 500)
-        for streams in (1, 8):
-            messages = 20_000 // streams
-            start = time.perf_counter()
-            opened = [await connection.open("tokens", {"count": messages}) for _ in range(streams)]
-            sizes = await asyncio.gather(*(drain(stream) for stream in opened))
-            assert set(sizes) == {messages * len(TOKEN)}
-            figures[f"small messages/s, {streams} streams"] = (
-                messages * streams / (time.perf_counter() - start)
-            )
-        chunks = int(seconds * 3000)
-        start = time.perf_counter()
-        async with await connection.open("download", {"chunks": chunks}) as stream:
-            size = await drain(stream)
-        assert size == chunks * len(CHUNK)
-        figures["bulk download, MB/s"] = size / (time.perf_counter() - start) / 1e6
-        start = time.perf_counter()
-        async with await connection.open("upload", {}, end=False) as stream:
+        for streams, count in ((1, 10_000), (8, 20_000), (1000, 20_000)):
+            async with meter.rate(
+                f"small messages/s, {streams} streams at once", count, f"µs of processor for one of {streams}"
+            ):
+                opened = [
+                    await connection.open("tokens", {"count": count // streams}) for _ in range(streams)
+                ]
+                sizes = await asyncio.gather(*(drain(stream) for stream in opened))
+            assert set(sizes) == {count // streams * len(TOKEN)}
+        chunks = int(seconds * 2000)
+        size = chunks * len(CHUNK)
+        async with (
+            meter.rate("bulk download, MB/s", size / 1e6, "ms of processor for 1 MB down", 1e3),
+            await connection.open("download", {"chunks": chunks}) as stream,
+        ):
+            assert await drain(stream) == size
+        async with (
+            meter.rate("bulk upload, MB/s", size / 1e6, "ms of processor for 1 MB up", 1e3),
+            await connection.open("upload", {}, end=False) as stream,
+        ):
             for _ in range(chunks):
                 await stream.send(CHUNK)
             await stream.end()
             await stream.read(30)
-        figures["bulk upload, MB/s"] = size / (time.perf_counter() - start) / 1e6
-
-        start = time.perf_counter()
-        opened = [await connection.open("tokens", {"count": 20}) for _ in range(1000)]
-        sizes = await asyncio.gather(*(drain(stream) for stream in opened))
-        assert set(sizes) == {20 * len(TOKEN)}
-        figures["1,000 streams at once × 20 messages, messages/s"] = 20_000 / (time.perf_counter() - start)
         await connection.close()
 
     async with server() as other:  # a fresh process, so that nothing freed hides the growth
         connection = await other.connect()
-        before = await other.memory(connection)
+        before, _ = await other.usage(connection)
         idle = [await other.connect() for _ in range(500)]
-        figures["idle connection, KiB"] = (await other.memory(connection) - before) / len(idle) / 1024
-        before = await other.memory(connection)
+        figures["idle connection, KiB"] = ((await other.usage(connection))[0] - before) / len(idle)
+        before, _ = await other.usage(connection)
         held = [await connection.open("hold", {}, end=False) for _ in range(1000)]
         for stream in held:
             await stream.head(5)
-        figures["idle stream with its handler, KiB"] = (await other.memory(connection) - before) / 1000 / 1024
+        figures["idle stream with its handler, KiB"] = ((await other.usage(connection))[0] - before) / 1000
         await asyncio.gather(*(one.close() for one in [*idle, connection]))
     return figures
 

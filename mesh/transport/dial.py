@@ -195,16 +195,18 @@ class _Caller(asyncio.BufferedProtocol):
 async def _resolve(addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """All IP addresses behind the given ones, in their order. Raises ConnectFailed if there are none."""
     loop = asyncio.get_running_loop()
+    addresses = list(addresses)
+    lookups = [loop.getaddrinfo(host, port, type=socket.SOCK_STREAM) for host, port in addresses]
+    answers = await asyncio.gather(*lookups, return_exceptions=True)
     found: dict[tuple[str, int], None] = {}
     problems: list[str] = []
-    for host, port in addresses:
-        try:
-            answers = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        except OSError as error:
-            problems.append(f"{host}: {error.strerror or error}")
-            continue
-        for _, _, _, _, where in answers:
-            found[str(where[0]), int(where[1])] = None
+    for (host, _), answer in zip(addresses, answers, strict=True):
+        if isinstance(answer, OSError):
+            problems.append(f"{host}: {answer.strerror or answer}")
+        elif isinstance(answer, BaseException):
+            raise answer
+        else:
+            found.update({(str(where[0]), int(where[1])): None for *_, where in answer})
     if not found:
         raise ConnectFailed("; ".join(problems) or "the peer has no address")
     return list(found)
