@@ -42,7 +42,8 @@ class _Announced:
     depth: Depth
     shown: dict[bytes, _Shown] = field(default_factory=dict)
     """By key."""
-    healthy: bool = True
+    listed_until: float = 0.0
+    """When its last record expires, in unix seconds; 0 while it is not healthy."""
 
 
 class Announcing:
@@ -83,7 +84,7 @@ class Announcing:
             until = self._clock() + limits.LOOKUP_DEADLINE
             depth, _ = await self._lookups.walk(record.model, self._identity.id, 1, until)
             own = self._own.setdefault(record.model, _Announced(Depth(depth, self._clock())))
-        own.healthy = record.health > 0
+        own.listed_until = record.expires if record.health > 0 else 0.0
         replicas, _ = await asyncio.gather(
             self._announce_at_depth(own, record), self._catalogue.update(self._healthy())
         )
@@ -113,7 +114,8 @@ class Announcing:
                 await asyncio.gather(*stores, self._catalogue.update(self._healthy()))
 
     def _healthy(self) -> dict[str, int]:
-        return {name: own.depth.workers() for name, own in self._own.items() if own.healthy}
+        now = self._wall()
+        return {name: own.depth.workers() for name, own in self._own.items() if own.listed_until > now}
 
     async def _announce_at_depth(self, own: _Announced, record: WorkerRecord) -> int:
         depth = own.depth

@@ -22,14 +22,15 @@ MAX_PAGES: Final = 16
 """Rounds of requests for further records of one key."""
 MAX_BARREN_PAGES: Final = 6
 """In a row that bring nothing new."""
-STORE_TIMEOUT: Final = 1.0
 COUNTS_ASKED: Final = 3
+"""Holders whose word is taken on the size of a key."""
 MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0
 CATALOGUE_LISTINGS: Final = 4
 """About how many of a model's workers list it in each interval; a listing lives for two."""
 MAX_CATALOGUE: Final = 1000
+"""Listings that are read at most."""
 WITHDRAWN_LIFETIME: Final = 60.0
 WITHDRAW_DEADLINE: Final = 1.5
 RESOLVE_DEADLINE: Final = 5.0

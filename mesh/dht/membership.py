@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from mesh.dht.protocol import MeshProtocol
 from mesh.dht.state import load_contacts, save_contacts
 from mesh.dht.table import Contact
 from mesh.records import KEY_SIZE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -59,9 +62,15 @@ class Membership:
         self._explore_pause = limits.FIRST_EXPLORE
 
     def add_seed(self, host: str, port: int, found: str) -> None:
-        """An address to try now and for ever; beyond `MAX_SEEDS` the new is left out."""
-        if (host, port) in self._seeds or len(self._seeds) >= limits.MAX_SEEDS:
+        """An address to try now and for ever; of `MAX_SEEDS` one that mDNS found and is gone makes room."""
+        if (host, port) in self._seeds:
             return
+        if len(self._seeds) >= limits.MAX_SEEDS:
+            gone = [key for key, seed in self._seeds.items() if seed.found == "lan" and seed.failures]
+            if not gone:
+                log.warning("%s:%d is left out: there are %d addresses to join", host, port, limits.MAX_SEEDS)
+                return
+            del self._seeds[max(gone, key=lambda key: self._seeds[key].failures)]
         self._seeds[host, port] = _Seed(host, port, found)
         if self._table.isolated:
             self._attempted.clear()

@@ -16,7 +16,7 @@ from typing import Any
 import msgpack
 import pytest
 
-from mesh.dht import Dht, Duplicate
+from mesh.dht import Dht, Duplicate, limits
 from mesh.dht.datagrams import Codec
 from mesh.dht.store import Outcome
 from mesh.errors import ConfigurationError, DeadlineExceeded
@@ -396,3 +396,14 @@ async def test_a_node_that_meets_itself_is_no_duplicate() -> None:
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(dht.duplicate(), 0.5)
         assert [peer.port for peer in dht.peers] == [other.address[1]]
+
+
+async def test_gone_lan_peers_make_room_for_new_ones() -> None:
+    async with mesh(1) as [(dht, _)]:
+        dht.join([("127.0.0.1", port) for port in range(1, limits.MAX_SEEDS + 1)], found="lan")
+        await until(lambda: all("no answer" in reason for reason in dht.unreached.values()), 15)
+        dht.join([("127.0.0.1", 999), ("127.0.0.1", 1000)])
+        assert len(dht.unreached) == limits.MAX_SEEDS
+        assert {("127.0.0.1", 999), ("127.0.0.1", 1000)} <= dht.unreached.keys()
+        dht.join([("127.0.0.1", port) for port in range(2000, 2100)])
+        assert len(dht.unreached) == limits.MAX_SEEDS
