@@ -40,7 +40,8 @@ class SyncTokenStream:
                 except StopAsyncIteration:
                     return
         finally:
-            self._client._run(self._stream.aclose())
+            if not self._client.closed:
+                self._client._run(self._stream.aclose())
 
 
 class SyncMeshClient:
@@ -60,9 +61,14 @@ class SyncMeshClient:
     ) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._loop.is_closed()
+
     def close(self) -> None:
         """Close every connection and end the thread. Idempotent."""
-        if self._loop.is_closed():
+        if self.closed:
             return
         self._run(self._client.close())
         self._run(self._loop.shutdown_asyncgens())
@@ -96,7 +102,7 @@ class SyncMeshClient:
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Do it on the client's loop; an interrupt here cancels it there."""
-        if self._loop.is_closed():
+        if self.closed:
             work.close()
             raise RuntimeError("the client is closed")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

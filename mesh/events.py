@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mesh.errors import ErrorCode, ProtocolError, RemoteError, TransportError, remote_error
+from mesh.errors import ErrorCode, ProtocolError, RemoteError, ShuttingDown, TransportError, remote_error
 from mesh.frames import Data, End, GoAway, Head, Meta, Open, Reset
 
 
@@ -32,6 +32,12 @@ Event = Open | Head | Data | End | Reset | GoAway | Ponged | Failed
 
 
 def goaway_error(goaway: GoAway) -> RemoteError:
-    """Why a stream was not started by a peer that goes away: its code, or shutting_down if it merely left."""
+    """Why a stream was not started by a peer that goes away: its code, or shutting_down if it merely left.
+
+    A broken protocol (bad_request) is the connection's fault, not the stream's: tampered bytes, say. The
+    request may well be tried elsewhere.
+    """
+    if goaway.code == ErrorCode.BAD_REQUEST:
+        return ShuttingDown(f"the peer gave the connection up: {goaway.message}")
     code = ErrorCode.SHUTTING_DOWN if goaway.code == ErrorCode.CANCELLED else goaway.code
     return remote_error(code, goaway.message)
