@@ -19,12 +19,11 @@ from contextlib import contextmanager
 from ipaddress import ip_address
 from typing import Any
 
-from mesh.address import Address
+from mesh.address import format_address
 from mesh.dht import Dht
-from mesh.entry import parse_entry
 from mesh.errors import ConfigurationError
 from mesh.identity import Identity
-from mesh.keystore import load_identity
+from mesh.keystore import EXIT_IDENTITY, load_identity
 from mesh.network import Network
 from mesh.transport import Listener, serve
 from node.__about__ import USER_AGENT
@@ -33,8 +32,10 @@ from node.config import Loaded
 from node.folder import DataFolder
 from node.gateway.server import Gateway, mesh_client
 from node.logs import log_file
+from node.membership import resolve
 from node.models import EXIT_MODEL, choose_server, model_pool, named_models
 from node.monitor import INTERVAL, machine
+from node.reachability import Reachability
 from node.served import ServedModel
 from node.service import Service
 from node.sockets import advertised, bind, local_address
@@ -105,7 +106,12 @@ class Node:
         """Everything up to `ready`; returns early when asked to stop meanwhile."""
         config = self.config
         identity = load_identity(folder.path)
-        network, seeds = self._membership()
+        network, seeds = resolve(
+            folder.path,
+            join=config.join,
+            network=config.network if self.loaded.explicit("network") else None,
+            now=time.time(),
+        )
         settings = await named_models(config)
         server = await asyncio.to_thread(choose_server, config, settings)
         tcp, udp = bind(config.listen, or_next=not self.loaded.explicit("listen"))
@@ -117,7 +123,10 @@ class Node:
             state.models[name] = ServedModel(one, name, config, pool)
         self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack")
         await self._dht.start("", 0, sock=udp)
-        service = Service(identity.id, state.models, self._dht, status=state.status, load=state.load)
+        reachability = Reachability(identity, network, self._dht, tcp.getsockname()[1])
+        service = Service(
+            identity.id, state.models, self._dht, reachability, status=state.status, load=state.load
+        )
         self._listener = await serve(
             "",
             0,
@@ -141,6 +150,7 @@ class Node:
                 "worker_id": worker_id,
                 "address": address,
                 "network": network.name,
+                "secret": network.secret.hex() if network.secret else None,
                 "gateway": url,
             }
         )
@@ -151,7 +161,7 @@ class Node:
                 "address": address,
                 "advertised": list(state.addresses),
                 "machine": machine(),
-                "server": f"{server.version}: {server.reason}" if server else "none of its own: servers that others run",
+                "server": f"{server.version}: {server.reason}" if server else "none: others run it",
                 "models": list(state.models),
             }
         )
@@ -161,6 +171,8 @@ class Node:
         self._announcer = Announcer(self._dht, state.describers)
         background.append(group.create_task(self._announcer.run(), name="announcer"))
         background.append(group.create_task(self._watch(state), name="monitor"))
+        background.append(group.create_task(self._twin(self._dht), name="twin"))
+        background.append(group.create_task(reachability.run(), name="reachability"))
         with contextlib.suppress(TimeoutError):
             # Whoever waits for "ready" may look it up at once.
             await asyncio.wait_for(self._announcer.told.wait(), ANNOUNCE_PATIENCE)
@@ -181,14 +193,20 @@ class Node:
             status=self._state.status,
         )
 
-    def _membership(self) -> tuple[Network, list[Address]]:
-        """The network and the nodes to start from, as --network and --join name them."""
-        network, seeds = Network(self.config.network), list[Address]()
-        for text in self.config.join:
-            target = parse_entry(text, time.time())
-            network = target.network or network
-            seeds += target.addresses
-        return network, seeds
+    async def _twin(self, dht: Dht) -> None:
+        """Stop if another running node has this identity and was there before; else tell of it.
+
+        Raises ConfigurationError.
+        """
+        twin = await dht.duplicate()
+        where = format_address(*twin.address)
+        if twin.later:
+            raise ConfigurationError(
+                f"the node at {where} runs with the identity of this one",
+                "Two nodes need two identities: delete identity.key in the data folder of the copied one.",
+                exit_code=EXIT_IDENTITY,
+            )
+        log.error("a node at %s was started with the identity of this one; it has been told to stop", where)
 
     def _on_change(self, name: str, change: Change) -> None:
         """A model's server changed its state."""

@@ -3,7 +3,8 @@
 ::
 
     <data dir>/lock            held by the running node (flock / msvcrt through filelock)
-    <data dir>/node.json       written while a node runs: pid, worker id, address, gateway
+    <data dir>/node.json       written while a node runs: pid, worker id, address, gateway, network
+    <data dir>/mesh.json       the mesh that this machine belongs to (node.membership)
     <data dir>/identity.key    the node's identity (mesh.keystore)
     <data dir>/logs/           the servers' output and the node's log
     <data dir>/peers.msgpack   the DHT's routing table
@@ -19,6 +20,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from mesh.errors import ConfigurationError
+from node.files import write_private
 
 RUNTIME_FILE = "node.json"
 LOCK_FILE = "lock"
@@ -64,10 +66,8 @@ class DataFolder:
         )
 
     def publish(self, facts: dict[str, Any]) -> None:
-        """Tell other commands about the running node. Replaced in one step."""
-        fresh = self.path / f"{RUNTIME_FILE}.new"
-        fresh.write_text(json.dumps(facts), encoding="utf-8")
-        fresh.replace(self.path / RUNTIME_FILE)
+        """Tell this user's other commands about the running node."""
+        write_private(self.path / RUNTIME_FILE, json.dumps(facts))
 
     def close(self) -> None:
         """Let the folder go. Idempotent."""

@@ -27,6 +27,7 @@ from mesh.errors import (
 from mesh.identity import NodeId
 from mesh.limits import MAX_BODY
 from mesh.transport import Stream
+from node.reachability import Reachability
 from node.served import ServedModel
 from node.tail import Tail
 from sidecar import errors as side
@@ -78,6 +79,7 @@ class Service:
         own_id: NodeId,
         models: Mapping[str, ServedModel],
         dht: Dht,
+        reachability: Reachability,
         *,
         status: Callable[[], Mapping[str, Any]],
         load: Callable[[], Mapping[str, Any]],
@@ -85,6 +87,7 @@ class Service:
         self._own_id = own_id
         self._models = models
         self._dht = dht
+        self._reachability = reachability
         self._status = status
         self._load = load
         self.served = 0
@@ -101,6 +104,8 @@ class Service:
                 await self._find(stream)
             case "models":
                 await stream.end({"models": await self._dht.models()})
+            case "dial_back":
+                await self._reachability.answer(stream)
             case "load" | "unload":
                 await self._manage(stream)
             case _:
@@ -111,6 +116,7 @@ class Service:
         status = {**self._status(), "peers": len(self._dht.peers)}
         if peer == self._own_id:
             status["contacts"] = contacts(self._dht)
+            status["reachability"] = self._reachability.describe()
         return status
 
     async def _manage(self, stream: Stream) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 from collections import deque
@@ -82,7 +83,7 @@ async def connect_any(
         except BaseException as error:
             caller.abort()
             if isinstance(error, OSError):
-                raise ConnectFailed(f"{host} port {port}: {error.strerror or error}") from error
+                raise ConnectFailed(f"{host} port {port}: {_reason(error)}") from error
             raise
 
     try:
@@ -190,6 +191,11 @@ class _Caller(asyncio.BufferedProtocol):
     def _fail(self, error: QMeshError) -> None:
         if not self.connected.done():
             self.connected.set_exception(error)
+
+
+def _reason(error: OSError) -> str:
+    """The system's words: asyncio puts its own in their place."""
+    return os.strerror(error.errno) if error.errno else str(error)
 
 
 async def _resolve(addresses: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from node.cli import cluster, gateway, generate, inspect, keys, manage, run, runtime
+from node.cli import cluster, diagnose, gateway, generate, inspect, keys, manage, membership, run, runtime
 
 app = typer.Typer(
     name="qmesh-node",
@@ -24,6 +24,12 @@ app.command()(inspect.models)
 app.command()(manage.ps)
 app.command()(manage.load)
 app.command()(manage.unload)
+app.command()(membership.invite)
+app.command()(membership.join)
+app.command()(membership.leave)
+app.command()(diagnose.ping)
+app.command()(diagnose.netcheck)
+app.command()(diagnose.doctor)
 app.command()(inspect.identity)
 app.command()(inspect.version)
 app.add_typer(cluster.app, name="cluster")

@@ -43,9 +43,7 @@ def generate(
                 stream = mesh.generate_stream(
                     prompt, model=model, max_tokens=max_tokens, temperature=temperature, seed=seed
                 )
-                if not as_json:
-                    text(prompt, end="")
-                summary(await show(stream, as_json=as_json), as_json=as_json, quiet=quiet)
+                summary(await show(stream, as_json=as_json, before=prompt), as_json=as_json, quiet=quiet)
 
         asyncio.run(main())
 
@@ -103,9 +101,13 @@ def _ask(*, quiet: bool) -> str:
     return sys.stdin.readline().strip()
 
 
-async def show(stream: TokenStream, *, as_json: bool) -> Completion:
-    """Print an answer as it comes."""
+async def show(stream: TokenStream, *, as_json: bool, before: str = "") -> Completion:
+    """Print an answer as it comes, after the text `before`."""
+    first = True
     async for token in stream:
+        if first and not as_json:
+            text(before, end="")
+        first = False
         if as_json:
             data({"event": "token", "text": token.text, "worker": token.worker, "spliced": token.spliced})
         else:

@@ -90,6 +90,8 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
             data({"event": "error", "error": cause, "fix": fix, "exit_code": int(code)})
         progress(f"error: {cause}" + (f"\n  fix: {fix}" if fix else "") + f"\n  (exit code {int(code)})")
         raise typer.Exit(int(code)) from None
+    except typer.Exit:
+        raise
     except KeyboardInterrupt:
         raise typer.Exit(int(ExitCode.INTERRUPTED)) from None
     except BrokenPipeError:

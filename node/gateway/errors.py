@@ -40,7 +40,7 @@ _OPENAI_TYPES = {
 
 
 class ApiError(Exception):
-    """An answer that is an error. `retry_after` is in seconds."""
+    """An answer that is an error. `retry_after` is in seconds, `allow` names the methods of a 405."""
 
     def __init__(
         self,
@@ -50,6 +50,7 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         retry_after: float | None = None,
+        allow: str | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(message)
@@ -58,6 +59,7 @@ class ApiError(Exception):
         self.code = code
         self.param = param
         self.retry_after = retry_after
+        self.allow = allow
         self.details = dict(details or {})
 
     def body(self, form: Form, request_id: str) -> bytes:
@@ -75,6 +77,8 @@ class ApiError(Exception):
         headers = {}
         if self.retry_after is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after)))
+        if self.allow is not None:
+            headers["Allow"] = self.allow
         if self.status == HTTPStatus.UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return headers

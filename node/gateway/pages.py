@@ -53,7 +53,7 @@ class Pages:
         if page is None:
             raise ApiError(404, f"there is no endpoint {call.request.path[:200]!r}", code="unknown_url")
         if call.request.method not in _READ:
-            raise ApiError(405, f"{path} takes GET", code="method_not_allowed")
+            raise ApiError(405, f"{path} takes GET", code="method_not_allowed", allow=", ".join(_READ))
         try:
             return await page(call)
         except QMeshError as error:

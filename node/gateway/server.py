@@ -186,7 +186,7 @@ class Gateway:
         if call.endpoint is None:
             return await self._pages.answer(call)
         if request.method != "POST":
-            raise ApiError(405, f"{request.path} takes POST", code="method_not_allowed")
+            raise ApiError(405, f"{request.path} takes POST", code="method_not_allowed", allow="POST")
         return await self._proxy.answer(call, call.endpoint)
 
     def _check_origin(self, call: Call) -> None:

@@ -27,6 +27,7 @@ from mesh.identity import NodeId
 from mesh.transport import Stream
 from node import service as module
 from node.gate import Gate
+from node.reachability import Reachability
 from node.served import ServedModel
 from node.service import COUNTING, GENERATING, MAX_COST, Service
 from tests.support import seconds
@@ -105,7 +106,9 @@ class Served:
 def make() -> Served:
     dht, model = FakeDht(), FakeModel()
     models = {"m": cast("ServedModel", model)}
-    service = Service(OWN, models, cast("Dht", dht), status=lambda: {"a": 1}, load=lambda: {})
+    service = Service(
+        OWN, models, cast("Dht", dht), cast("Reachability", None), status=lambda: {"a": 1}, load=lambda: {}
+    )
     return Served(dht, model, service)
 
 

@@ -1,0 +1,107 @@
+"""`ping`, `netcheck`, `doctor`: why it does not work."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from node.cli import options
+from node.cli.output import ExitCode, data, progress, reporting, text
+
+if TYPE_CHECKING:
+    from node.diagnose import Check
+
+
+def ping(
+    peer: Annotated[str, typer.Argument(metavar="PEER", help="HOST:PORT, or the beginning of a peer's id.")],
+    network: options.Network = None,
+    data_dir: options.DataDir = None,
+    as_json: options.Json = False,
+) -> None:
+    """Reach a node over TCP and UDP: round trips, clock, and why not if not."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import find_peer, own_identity, own_network
+        from node.diagnose import judge, reach
+
+        address = asyncio.run(find_peer(peer, data_dir))
+        found = asyncio.run(reach(address, own_identity(data_dir), own_network(data_dir, network)))
+        checks = judge(found)
+        if as_json:
+            data({**asdict(found), "checks": [asdict(check) for check in checks]})
+        else:
+            _show(checks)
+        if not all(check.ok for check in checks):
+            raise typer.Exit(int(ExitCode.UNREACHABLE))
+
+
+def netcheck(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+    """What the node here looks like from outside: its addresses, and whether peers can dial back."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import ask_local
+
+        status = asyncio.run(ask_local(data_dir, "status"))
+        found = {"advertised": status["addresses"], **status["reachability"]}
+        if as_json:
+            data(found)
+            return
+        words = {
+            True: "yes",
+            False: "no: peers cannot dial back",
+            None: "unknown: no peer could be asked yet",
+        }
+        text(f"advertised  {', '.join(found['advertised'])}")
+        text(f"seen as     {found['seen'] or 'unknown'}")
+        text(f"reachable   {words[found['reachable']]}")
+        text(f"DHT         {'holds records for others' if found['holder'] else 'only asks'}")
+        for report in found["reports"]:
+            text(f"peer {report['peer'][:12]}: TCP {report['tcp'] or 'ok'}; UDP {report['udp'] or 'ok'}")
+        if found["reachable"] is False:
+            progress("fix: open the node's port (TCP and UDP) in the firewall, or forward it in the router")
+
+
+def doctor(
+    join: options.Join = None,
+    listen: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Where `run` is to listen.")] = None,
+    llama_server: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The llama-server that `run` is to use.")
+    ] = None,
+    network: options.Network = None,
+    data_dir: options.DataDir = None,
+    as_json: options.Json = False,
+) -> None:
+    """Check this machine and the nodes it should reach; says cause and fix for whatever is wrong."""
+    with reporting(as_json=as_json):
+        from node.cli.entry import ask_local, own_identity
+        from node.config import default_data_dir
+        from node.diagnose import check_peers, check_targets, local_checks
+        from node.folder import running_node
+        from node.membership import resolve
+
+        folder = (data_dir or default_data_dir()).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        running = running_node(folder) is not None
+        checks = local_checks(folder, listen=listen, running=running, llama_server=llama_server)
+        mesh, targets = resolve(folder, join=join or (), network=network, now=time.time())
+        if targets and checks[0].ok:
+            checks += asyncio.run(check_targets(targets, own_identity(data_dir), mesh))
+        if running:
+            checks += check_peers(dict(asyncio.run(ask_local(data_dir, "status"))))
+        if as_json:
+            for check in checks:
+                data(asdict(check))
+        else:
+            _show(checks)
+        if not all(check.ok for check in checks):
+            raise typer.Exit(int(ExitCode.UNREACHABLE))
+
+
+def _show(checks: list[Check]) -> None:
+    for check in checks:
+        text(f"{'ok  ' if check.ok else 'BAD '} {check.name}: {check.finding}")
+        if check.fix:
+            progress(f"     fix: {check.fix}")

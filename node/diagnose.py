@@ -1,0 +1,255 @@
+"""Why it does not work: checks with cause and fix, for `ping`, `netcheck` and `doctor`."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mesh.address import Address, format_address, parse_address
+from mesh.dht import Dht
+from mesh.errors import (
+    AuthenticationError,
+    ConfigurationError,
+    ProtocolError,
+    QMeshError,
+)
+from mesh.identity import Identity
+from mesh.keystore import load_identity
+from mesh.network import Network
+from mesh.transport import connect
+from node.config import DEFAULT_LISTEN, DEMO_MODEL
+from node.sockets import bind
+from sidecar.errors import SidecarError
+from sidecar.gguf import read_header
+from sidecar.runtime import find_server
+
+TIMEOUT = 4.0
+PINGS = 4
+MOST_SKEW = 30.0
+"""Seconds of difference between clocks that records tolerate."""
+LEAST_DISK = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at. `fix` is empty where it is in order."""
+
+    name: str
+    ok: bool
+    finding: str
+    fix: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How a node is reached: round trips in seconds, None where that way is closed; `skew` in seconds."""
+
+    address: str
+    peer: str | None
+    tcp: float | None
+    tcp_problem: str | None
+    udp: float | None
+    udp_problem: str | None
+    skew: float | None
+    denied: bool = False
+    """Whether it answered, but would not let us in."""
+
+
+async def reach(address: Address, identity: Identity, network: Network) -> Reach:
+    """Try a node over TCP (the wire) and UDP (the DHT). Never raises for what is wrong out there."""
+    peer, rtt, skew, tcp_problem, denied = await _reach_tcp(address, identity, network)
+    udp, udp_problem, clock = await _reach_udp(address, network)
+    return Reach(
+        format_address(*address),
+        peer,
+        rtt,
+        tcp_problem,
+        udp,
+        udp_problem,
+        skew if skew is not None else clock,
+        denied,
+    )
+
+
+async def _reach_tcp(
+    address: Address, identity: Identity, network: Network
+) -> tuple[str | None, float | None, float | None, str | None, bool]:
+    try:
+        connection = await connect(*address, identity=identity, network=network, timeout=TIMEOUT)
+    except (AuthenticationError, ProtocolError) as error:
+        return None, None, None, str(error), True
+    except (QMeshError, OSError) as error:
+        return None, None, None, str(error), False
+    try:
+        best = min([await connection.ping(TIMEOUT) for _ in range(PINGS)])
+        return connection.peer_id.hex(), best, connection.clock_skew, None, False
+    except QMeshError as error:
+        return connection.peer_id.hex(), None, connection.clock_skew, str(error), False
+    finally:
+        await connection.close()
+
+
+async def _reach_udp(address: Address, network: Network) -> tuple[float | None, str | None, float | None]:
+    dht = Dht(None, network)
+    try:
+        host = await _numeric(address[0])
+        await dht.start("::" if ":" in host else "0.0.0.0", 0)
+        pong = await dht.ping(host, address[1], TIMEOUT)
+    except (QMeshError, OSError) as error:
+        return None, str(error), None
+    finally:
+        await dht.stop()
+    return pong.rtt, None, pong.clock_offset
+
+
+async def _numeric(host: str) -> str:
+    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
+    return str(found[0][4][0])
+
+
+def judge(found: Reach) -> list[Check]:
+    """What the ways to a node say: the first cause that explains them all, and what to do."""
+    name = f"node {found.address}"
+    if found.denied:
+        return [
+            Check(
+                name,
+                False,
+                "it answers, but refuses the handshake: it is in another network or has another secret",
+                "Compare the network's name on both sides (`qmesh-node status`); in a private mesh join "
+                "again with a fresh token from `qmesh-node invite`.",
+            )
+        ]
+    checks = []
+    if found.tcp is None and found.udp is None:
+        closed = "refused" in (found.tcp_problem or "")
+        checks.append(
+            Check(
+                name,
+                False,
+                "nothing listens there" if closed else f"no answer over TCP or UDP ({found.tcp_problem})",
+                "Start the node there, or check the port with `qmesh-node status` on it."
+                if closed
+                else "Check the address, that the machine is on and on the same network, and its firewall.",
+            )
+        )
+    elif found.tcp is None:
+        checks.append(
+            Check(
+                name,
+                False,
+                f"UDP works, TCP does not ({found.tcp_problem}): a firewall drops TCP",
+                f"Open TCP port {parse_address(found.address)[1]} in the firewall of that machine.",
+            )
+        )
+    elif found.udp is None:
+        checks.append(
+            Check(
+                name,
+                False,
+                "TCP works, UDP does not: a firewall drops UDP",
+                f"Open UDP port {parse_address(found.address)[1]} in the firewalls of both machines; "
+                "without it nodes use each other only through the addresses that they are given.",
+            )
+        )
+    else:
+        checks.append(
+            Check(name, True, f"TCP {found.tcp * 1000:.1f} ms, UDP {found.udp * 1000:.1f} ms, {found.peer}")
+        )
+    if found.skew is not None and abs(found.skew) > MOST_SKEW:
+        ahead = "ahead of" if found.skew > 0 else "behind"
+        checks.append(
+            Check(
+                f"clock of {found.address}",
+                False,
+                f"its clock is {abs(found.skew):.0f} s {ahead} this machine's: records look expired or forged",
+                "Set the clocks of both machines (turn on NTP).",
+            )
+        )
+    return checks
+
+
+def local_checks(
+    folder: Path, *, listen: str | None, running: bool, llama_server: Path | None
+) -> list[Check]:
+    """Everything that can be wrong on this machine. Blocks for some milliseconds."""
+    checks = [_identity(folder), _disk(folder), _server(llama_server), _model()]
+    if running:
+        checks.append(Check("port", True, "the node here is running"))
+    else:
+        checks.append(_port(listen))
+    return checks
+
+
+def _identity(folder: Path) -> Check:
+    try:
+        return Check("identity", True, load_identity(folder).id.hex())
+    except ConfigurationError as error:
+        return Check("identity", False, error.cause, error.fix)
+
+
+def _disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free
+    if free < LEAST_DISK:
+        return Check(
+            "disk", False, f"only {free >> 20} MiB are free", "Free some space; logs take up to 50 MB."
+        )
+    return Check("disk", True, f"{free >> 30} GiB free")
+
+
+def _server(explicit: Path | None) -> Check:
+    try:
+        server = find_server(explicit)
+    except SidecarError as error:
+        return Check("llama.cpp", False, error.message, "Run `qmesh-node runtime install`.")
+    return Check("llama.cpp", True, f"{server.version}, {server.reason}")
+
+
+def _model() -> Check:
+    try:
+        return Check("demo model", True, read_header(DEMO_MODEL).name)
+    except (SidecarError, OSError) as error:
+        return Check("demo model", False, str(error), "Install QMesh again.")
+
+
+def _port(listen: str | None) -> Check:
+    where = listen or DEFAULT_LISTEN
+    try:
+        for sock in bind(where, or_next=False):
+            sock.close()
+    except ConfigurationError as error:
+        fix = "Stop that program, or leave --listen out: `run` then takes the next free port."
+        return Check("port", False, error.cause, fix)
+    return Check("port", True, f"{where} is free for TCP and UDP")
+
+
+async def check_targets(targets: Iterable[Address], identity: Identity, network: Network) -> list[Check]:
+    """All nodes that are to be reached, at the same time."""
+    found = await asyncio.gather(*(reach(target, identity, network) for target in targets))
+    return [check for one in found for check in judge(one)]
+
+
+def check_peers(status: dict[str, Any]) -> list[Check]:
+    """What the running node knows of its peers."""
+    contacts = status.get("contacts") or {"peers": [], "unreached": {}}
+    if contacts["peers"]:
+        count = len(contacts["peers"])
+        return [
+            Check(
+                "peers", True, f"{count} known, the last heard {contacts['peers'][0]['last_seen']:.0f} s ago"
+            )
+        ]
+    return [
+        Check(
+            "peers",
+            False,
+            "the node here knows nobody",
+            "Join another node: `qmesh-node run --join HOST:9470`; on one LAN, check that multicast (UDP port 5353) "
+            "is not blocked.",
+        )
+    ]
