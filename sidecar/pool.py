@@ -64,7 +64,7 @@ class _Model:
         self.used_at = 0.0
         self.queued = False
         self.starting = False
-        self.draining = False
+        self.draining = 0
 
     @property
     def state(self) -> State:
@@ -147,12 +147,9 @@ class ModelPool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         keeper, self._keeper = self._keeper, None
+        await self._notify()  # whoever waits learns that the pool is closed
         async with contextlib.AsyncExitStack() as stack:
-            for model in self._models.values():
-                if model.backend:
-                    stack.push_async_exit(model.backend)
-            # All at once, so that the slowest to stop decides how long it takes.
-            await asyncio.gather(*(m.backend.stop() for m in self._models.values() if m.backend))
+            stack.push_async_callback(self._exit_backends)
             if keeper:
                 keeper.cancel()
                 with contextlib.suppress(asyncio.CancelledError):
@@ -166,9 +163,7 @@ class ModelPool:
         SidecarTimeout, and what loading raises (see `Supervisor.ensure_ready`).
         """
         model = self._find(name)
-        if self._keeper is None:
-            raise SidecarStopped("the pool is closed")
-        if self._keeper.done():
+        if self._keeper and self._keeper.done():
             self._keeper.result()  # a bug surfaces here
         try:
             async with asyncio.timeout(timeout):
@@ -203,7 +198,7 @@ class ModelPool:
         if model.entry.config.backend_url:
             raise SidecarError(f"{name} is not ours to unload: {model.entry.config.backend_url} runs it")
         try:
-            async with asyncio.timeout(timeout), self._loading:
+            async with asyncio.timeout(timeout):
                 await self._evict(model)
         except TimeoutError:
             raise SidecarTimeout(f"{name} is still in use after {timeout} s") from None
@@ -218,13 +213,15 @@ class ModelPool:
                 await self._until(lambda: not model.queued)
                 continue
             model.queued = True
+            theirs = model.entry.config.backend_url is not None  # takes no memory, so it waits for nobody
             try:
-                async with self._loading:
+                async with contextlib.nullcontext() if theirs else self._loading:
                     await self._start(model)
             finally:
                 model.queued = False
                 await self._notify()
             break
+        self._check_open()
         assert model.backend
         return await model.backend.ensure_ready()
 
@@ -234,6 +231,7 @@ class ModelPool:
             await backend.__aenter__()
             backend.subscribe(partial(self._on_change, model.entry.config.name))
             model.backend = backend
+        self._check_open()
         await self._make_room(model)
         model.starting = True
         try:
@@ -254,13 +252,14 @@ class ModelPool:
         return sum(m.memory for m in self._models.values() if m is not model and m.resident)
 
     async def _evict(self, model: _Model) -> None:
-        model.draining = True
+        """Stop a model once nobody uses it; meanwhile it takes no new user."""
+        model.draining += 1
         try:
             await self._until(lambda: model.users == 0)
             if model.backend:
                 await model.backend.stop()
         finally:
-            model.draining = False
+            model.draining -= 1
             await self._notify()
 
     async def _release(self, model: _Model) -> None:
@@ -280,10 +279,9 @@ class ModelPool:
                     log.warning("%s cannot be started: %s", name, error)
         while True:
             for name, model in self._models.items():
-                async with self._loading:
-                    if (left := self._expiry(model)) is not None and left <= 0:
-                        log.info("%s: unloaded after its ttl", name)
-                        await self._evict(model)
+                if (left := self._expiry(model)) is not None and left <= 0:
+                    log.info("%s: unloaded after its ttl", name)
+                    await self._evict(model)
             waits = [left for model in self._models.values() if (left := self._expiry(model)) is not None]
             self._notes.clear()
             with contextlib.suppress(TimeoutError):
@@ -308,8 +306,22 @@ class ModelPool:
             self._changed.notify_all()
 
     async def _until(self, reached: Callable[[], bool]) -> None:
+        """Wait for a condition; raises SidecarStopped once the pool is closed."""
         async with self._changed:
-            await self._changed.wait_for(reached)
+            await self._changed.wait_for(lambda: self._keeper is None or reached())
+        self._check_open()
+
+    def _check_open(self) -> None:
+        if self._keeper is None:
+            raise SidecarStopped("the pool is closed")
+
+    async def _exit_backends(self) -> None:
+        """Stop all at once, so that the slowest decides how long it takes; then let go of them."""
+        await asyncio.gather(*(m.backend.stop() for m in self._models.values() if m.backend))
+        async with self._loading, contextlib.AsyncExitStack() as stack:  # no load is under way any more
+            for model in self._models.values():
+                if model.backend:
+                    stack.push_async_exit(model.backend)
 
     def _find(self, name: str) -> _Model:
         try:

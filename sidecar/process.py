@@ -172,13 +172,14 @@ class Supervisor:
         log.info("%s: restart: %s", self.config.name, reason)
         old = self._child
         self._send(states.RestartRequested())
-        await self._until(lambda: self._child is not old or self.state is State.FAILED, None)
+        await self._until(lambda: self._child is not old or self.state not in states.ALIVE, None)
 
     async def stop(self) -> None:
         """End the server and wait until its process is reaped; idempotent."""
         if self._owner:
             self._send(states.StopRequested())
-            await self._until(lambda: self.state is State.STOPPED, None)
+            # Not until `stopped`: someone may have asked for a new start meanwhile.
+            await self._until(lambda: self.state is not State.STOPPING, None)
 
     async def wait_closed(self) -> None:
         """Wait for the end of the owner; raises what ended it if that was a bug."""

@@ -183,6 +183,19 @@ async def test_stop_while_loading(tmp_path: Path) -> None:
             await waiter
 
 
+async def test_stop_ends_although_someone_starts_it_again(tmp_path: Path) -> None:
+    async with fake(tmp_path) as server:
+        await server.ensure_ready(seconds(10))
+        pid = server.pid
+        stopping = asyncio.create_task(server.stop())
+        await Watcher(server).state(State.STOPPING)
+        starting = asyncio.create_task(server.ensure_ready(seconds(10)))
+        async with asyncio.timeout(seconds(10)):
+            await stopping
+            await starting
+        assert server.pid not in (pid, None)
+
+
 async def test_leaving_the_context_while_cancelled_leaves_no_process(tmp_path: Path) -> None:
     started = asyncio.Event()
     pids: list[int] = []

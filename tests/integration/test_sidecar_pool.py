@@ -124,6 +124,29 @@ async def test_waiting_for_room_ends_at_the_deadline_and_changes_nothing(tmp_pat
         await pool.load("b", seconds(10))
 
 
+async def test_closing_the_pool_ends_every_wait_and_leaves_nothing(tmp_path: Path) -> None:
+    limit = int(1.5 * await one_model(tmp_path))
+    slow = entry(tmp_path, "slow", "--load-seconds", "60")
+    pids: list[int | None] = []
+
+    async def request(pool: ModelPool, name: str) -> None:
+        async with pool.use(name):
+            raise AssertionError("nothing can be used")
+
+    async with pool_of(entry(tmp_path, "a"), slow, entry(tmp_path, "b"), limit=limit) as pool:
+        await pool.load("a", seconds(10))
+        waits = [asyncio.create_task(request(pool, name)) for name in ("slow", "b", "slow")]
+        backend = None
+        await until(lambda: pool.backend("slow") is not None)
+        backend = pool.backend("slow")
+        assert backend
+        await until(lambda: backend.pid is not None)
+        pids = [status.pid for status in pool.ps()]
+    results = await asyncio.gather(*waits, return_exceptions=True)
+    assert [type(result) for result in results] == [SidecarStopped] * 3
+    assert not any(alive(pid) for pid in pids if pid)
+
+
 async def test_a_model_over_the_limit_is_loaded_alone(tmp_path: Path) -> None:
     async with pool_of(entry(tmp_path, "a"), entry(tmp_path, "b"), limit=1) as pool:
         await pool.load("a", seconds(10))
