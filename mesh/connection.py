@@ -211,6 +211,11 @@ class ConnectionState:
             self.goaway_sent = True
             self.outbox.control(GoAway(self._last_peer_sid, code, message[:MAX_TEXT]))
 
+    @property
+    def leaving(self) -> bool:
+        """Whether either side takes no new streams."""
+        return self.goaway_sent or self.goaway_received is not None
+
     # --- what arrives --------------------------------------------------------------------------
 
     def receive(self, data: bytes | memoryview, now: float, at_most: int | None = None) -> list[Event]:

@@ -24,7 +24,6 @@ from mesh.limits import (
     MAX_SID,
     MAX_TEXT,
     MAX_TOKEN,
-    TAG_SIZE,
 )
 
 Meta = Mapping[str, Any]
@@ -127,10 +126,7 @@ class Deframer:
         self._tail: bytearray | None = None  # made only while a frame is unfinished
 
     def feed(self, data: bytes | memoryview) -> list[bytes]:
-        """The frames that are complete now, without their lengths; `data` is not kept.
-
-        Raises MalformedMessage for a length that no frame can have.
-        """
+        """The frames that are complete now, without their lengths; `data` is not kept."""
         frames: list[bytes] = []
         position, end = 0, len(data)
         tail = self._tail
@@ -162,10 +158,7 @@ class Deframer:
 
 
 def _frame_size(data: bytes | bytearray | memoryview, position: int) -> int:
-    size = data[position] << 8 | data[position + 1]
-    if size <= TAG_SIZE:
-        raise MalformedMessage(f"a frame of {size} bytes is too short to hold a message")
-    return size
+    return data[position] << 8 | data[position + 1]
 
 
 def prefix_length(message: bytes) -> bytes:

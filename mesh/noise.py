@@ -51,6 +51,8 @@ class CipherState:
 
     def decrypt(self, ciphertext: bytes, associated: bytes = b"") -> bytes:
         """The plaintext. Raises AuthenticationError; the nonce then stays where it was."""
+        if len(ciphertext) < _TAG:
+            raise AuthenticationError(f"a message of {len(ciphertext)} bytes is too short to authenticate")
         try:
             plaintext: bytes = crypto_aead_chacha20poly1305_ietf_decrypt(
                 ciphertext, associated, self._next_nonce(), self._key

@@ -27,7 +27,7 @@ from mesh.frames import Data, End, GoAway, Head, Meta, Open, Reset
 from mesh.handshake import Agreed
 from mesh.identity import short_id
 from mesh.limits import CLOSE_TIMEOUT, DEAD_AFTER_IDLE, MESSAGES_PER_TURN, SEND_BUFFER, WRITE_HIGH_WATER
-from mesh.transport.sockets import peer_address, read_buffer
+from mesh.transport.sockets import complain, peer_address, read_buffer
 from mesh.transport.stream import NO_META, Handler, Stream
 
 logger = logging.getLogger("mesh.wire")
@@ -101,7 +101,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def accepts_streams(self) -> bool:
         """Whether `open` would be of use: not closed, and no side is going away."""
-        return not (self.closed or self.state.goaway_sent or self.state.goaway_received)
+        return not (self.closed or self.state.leaving)
 
     async def open(
         self, method: str, meta: Mapping[str, Any], body: bytes | None = None, *, end: bool = True
@@ -265,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
                     if kind is Reset and stream in self._tasks:
                         self._tasks[stream].cancel()
         self._forget_finished()
-        if self.state.outbox.waiting or not self._streams:
+        if self.state.outbox.waiting or self.state.leaving:
             self.schedule_flush()
 
     def _accept(self, event: Open) -> None:
@@ -286,7 +286,8 @@ class Connection(asyncio.BufferedProtocol):
         except DeadlineExceeded:
             stream.reset(ErrorCode.DEADLINE, "a deadline passed at the worker")
         except QMeshError as error:
-            logger.warning("stream %d of %s failed: %s", stream.sid, short_id(self.peer_id), error)
+            if not self.closed:
+                logger.warning("stream %d of %s failed: %s", stream.sid, short_id(self.peer_id), error)
             stream.reset(ErrorCode.INTERNAL, "the request failed at the worker")
         except BaseException as error:
             cancelled = isinstance(error, asyncio.CancelledError)
@@ -340,8 +341,7 @@ class Connection(asyncio.BufferedProtocol):
             if state is None or state.queued <= SEND_BUFFER:
                 stream.wake_writer()
         self._forget_finished()
-        leaving = self.state.goaway_sent or self.state.goaway_received is not None
-        if leaving and not (self.state.streams or self._tasks or self.state.outbox.waiting):
+        if self.state.leaving and not (self.state.streams or self._tasks or self.state.outbox.waiting):
             self._end(self._goaway_reason() or "drained", None)
 
     def _write(self) -> None:
@@ -372,7 +372,7 @@ class Connection(asyncio.BufferedProtocol):
         self.close_reason = reason
         self.error = error
         if isinstance(error, ProtocolError):
-            logger.warning("closing the connection to %s: %s", short_id(self.peer_id), reason)
+            complain("closing the connection to %s: %s", short_id(self.peer_id), reason)
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 import socket
 from collections.abc import Callable
@@ -19,10 +18,8 @@ from mesh.limits import HANDSHAKE_TIMEOUT, MAX_HANDSHAKE_MESSAGE
 from mesh.network import Network
 from mesh.noise import KEY_SIZE
 from mesh.transport.connection import Connection
-from mesh.transport.sockets import USER_AGENT, peer_address, read_buffer, set_options, unix_ms
+from mesh.transport.sockets import USER_AGENT, complain, peer_address, read_buffer, set_options, unix_ms
 from mesh.transport.stream import Handler
-
-logger = logging.getLogger("mesh.wire")
 
 _BACKLOG = 128
 
@@ -170,8 +167,7 @@ class _Visitor(asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)
         host, _ = peer_address(transport)
-        refusal = self._listener.arrived(self, host)
-        if refusal is not None:
+        if not host or self._listener.arrived(self, host) is not None:
             self._transport.abort()
             return
         set_options(transport)
@@ -198,7 +194,7 @@ class _Visitor(asyncio.BufferedProtocol):
                 nonce = secrets.token_bytes(WHOIS_NONCE_SIZE)
                 self._write(whois_reply(self._listener.network, self._listener.identity.id, nonce))
         except ProtocolError as error:
-            logger.info("refused a handshake from %s: %s", self._where(), error)
+            complain("refused a handshake from %s: %s", self._where(), error)
             self._close()
 
     def _answer(self, message: bytes) -> None:
@@ -237,7 +233,7 @@ class _Visitor(asyncio.BufferedProtocol):
 
     def _turn_away(self, refusal: Refusal) -> None:
         if self._connection is not None:
-            logger.info("turned %s away: %s", short_id(self._connection.peer_id), refusal.message)
+            complain("turned %s away: %s", short_id(self._connection.peer_id), refusal.message)
             self._connection.turn_away(refusal.code, refusal.message)
 
     def eof_received(self) -> bool:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 import time
 from contextlib import suppress
 
 from mesh.limits import READ_BUFFER
+from mesh.liveness import TokenBucket
 
 USER_AGENT = "qmesh/0.1.0"
 
+logger = logging.getLogger("mesh.wire")
+
 _thread = threading.local()
+_complaints = TokenBucket(20, 1.0, 0.0)
 
 
 def read_buffer() -> memoryview:
@@ -40,6 +45,12 @@ def set_options(transport: asyncio.BaseTransport) -> None:
         with suppress(OSError):  # the peer may have hung up already
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+
+
+def complain(text: str, *arguments: object) -> None:
+    """Log what a peer did wrong; of a flood, one line a second."""
+    if _complaints.take(time.monotonic()):
+        logger.warning(text, *arguments)
 
 
 def unix_ms() -> int:

@@ -389,6 +389,16 @@ def test_any_byte_is_a_sign_of_life() -> None:
     assert not link.initiator.outbox.waiting
 
 
+@pytest.mark.parametrize("size", [0, 1, 15, 16])
+def test_lengths_that_no_frame_has_end_the_connection(size: int) -> None:
+    link = Link()
+    link.initiator.open("infer", {})
+    good = b"".join(link.initiator.outbox.pull(1 << 20))
+    events = link.responder.receive(good + size.to_bytes(2, "big") + bytes(size), 0.0)
+    assert events[:2] == [Open(1, "infer", {}), End(1, {})], "what came before is delivered"
+    assert isinstance(failure(events), AuthenticationError)
+
+
 @pytest.mark.parametrize("change", ["tampered", "replayed", "reordered", "dropped"])
 def test_the_bytes_of_another_hand_end_the_connection(change: str) -> None:
     link = Link()
