@@ -23,7 +23,8 @@ from mesh.errors import (
     Unauthorized,
     remote_error,
 )
-from mesh.identity import NodeId
+from mesh.identity import Identity, NodeId
+from mesh.network import Network
 from mesh.transport import Stream
 from node import service as module
 from node.gate import Gate
@@ -62,6 +63,8 @@ class FakeDht:
 
     peers = ()
     unreached: Mapping[Any, str] = {}
+    seen_address = None
+    client = False
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -107,7 +110,12 @@ def make() -> Served:
     dht, model = FakeDht(), FakeModel()
     models = {"m": cast("ServedModel", model)}
     service = Service(
-        OWN, models, cast("Dht", dht), cast("Reachability", None), status=lambda: {"a": 1}, load=lambda: {}
+        OWN,
+        models,
+        cast("Dht", dht),
+        Reachability(Identity(), Network(), cast("Dht", dht), 9470),
+        status=lambda: {"a": 1},
+        load=lambda: {},
     )
     return Served(dht, model, service)
 
