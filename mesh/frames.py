@@ -213,10 +213,10 @@ def decode(plaintext: bytes) -> Iterator[Message | Unknown]:
     unpacker = msgpack.Unpacker(
         max_buffer_size=MAX_PLAINTEXT, max_array_len=MAX_META_ITEMS, max_map_len=MAX_META_ITEMS, max_ext_len=0
     )
-    unpacker.feed(plaintext)
     size = len(plaintext)
-    if not size:
-        raise MalformedMessage("an empty frame")
+    if not 0 < size <= MAX_PLAINTEXT:
+        raise MalformedMessage(f"a frame holds 1 to {MAX_PLAINTEXT} bytes, not {size}")
+    unpacker.feed(plaintext)
     while unpacker.tell() < size:
         try:
             yield _decode_one(unpacker.unpack())

@@ -70,6 +70,7 @@ def nested(depth: int) -> Any:
 
 MALFORMED: dict[str, bytes] = {
     "nothing": b"",
+    "more than a frame holds": msgpack.packb([5, 1]) * 22_000,
     "not an array": msgpack.packb({"type": 1}),
     "an empty array": msgpack.packb([]),
     "type is text": msgpack.packb(["0", 1]),
