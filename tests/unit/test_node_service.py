@@ -26,11 +26,14 @@ from mesh.errors import (
 from mesh.identity import Identity, NodeId
 from mesh.network import Network
 from mesh.transport import Stream
+from node import inference
 from node import service as module
 from node.gate import Gate
 from node.reachability import Reachability
 from node.served import ServedModel
-from node.service import COUNTING, GENERATING, MAX_COST, Service
+from node.config import PeerSettings
+from node.inference import COUNTING, GENERATING, MAX_COST, Inference
+from node.service import Service
 from tests.support import seconds
 
 OWN, PEER = NodeId(b"o" * 32), NodeId(b"p" * 32)
@@ -106,7 +109,7 @@ class Served:
         return await self.handle(FakeStream("infer", {"path": "/completion", "model": "m"} | meta, data))
 
 
-def make() -> Served:
+def make(peers: PeerSettings = PeerSettings()) -> Served:  # noqa: B008 - frozen
     dht, model = FakeDht(), FakeModel()
     models = {"m": cast("ServedModel", model)}
     service = Service(
@@ -114,8 +117,8 @@ def make() -> Served:
         models,
         cast("Dht", dht),
         Reachability(Identity(), Network(), cast("Dht", dht), 9470),
+        Inference(OWN, peers, load=lambda: {}),
         status=lambda: {"a": 1},
-        load=lambda: {},
     )
     return Served(dht, model, service)
 
@@ -182,7 +185,7 @@ async def test_bodies_that_are_no_json_object(served: Served, body: bytes) -> No
 
 
 async def test_a_body_that_never_comes_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BODY_PATIENCE", 0.01)
+    monkeypatch.setattr(inference, "BODY_PATIENCE", 0.01)
     with pytest.raises(RemoteDeadline, match="body did not come"):
         await served.ask(None)
 
@@ -221,13 +224,13 @@ def test_the_weight_of_a_request_is_bounded(limit: object, other: object) -> Non
         body = orjson.dumps({"n_predict": limit, "max_tokens": other})
     except TypeError:
         return
-    assert 1 <= module._cost(body) <= MAX_COST
+    assert 1 <= inference._cost(body) <= MAX_COST
 
 
 def test_the_weight_is_the_limit_of_tokens() -> None:
-    assert module._cost(b'{"max_tokens": 7}') == 7
-    assert module._cost(b"{}") == module.DEFAULT_COST
-    assert module._cost(b'{"n_predict": -1}') == module.DEFAULT_COST
+    assert inference._cost(b'{"max_tokens": 7}') == 7
+    assert inference._cost(b"{}") == inference.DEFAULT_COST
+    assert inference._cost(b'{"n_predict": -1}') == inference.DEFAULT_COST
 
 
 async def test_only_the_nodes_own_key_may_go_first(served: Served) -> None:
