@@ -24,7 +24,6 @@ from sidecar.runtime import Server
 from sidecar.states import Plan
 
 _LAUNCHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")))
-_PACKAGE_ROOT = str(Path(__file__).parent.parent)
 _LAST_OUTPUT_TIMEOUT = 1.0
 
 
@@ -46,10 +45,7 @@ class Child:
         """
         port, key, nonce = free_port(), secrets.token_hex(16), secrets.token_hex(16)
         arguments = server_arguments(config, plan, settings, port=port)
-        environment = {**os.environ, "LLAMA_API_KEY": key, orphans.NONCE_VARIABLE: nonce}
-        if server.kind == "embedded":
-            paths = (_PACKAGE_ROOT, environment.get("PYTHONPATH"))
-            environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        environment = {**server.environment(), "LLAMA_API_KEY": key, orphans.NONCE_VARIABLE: nonce}
         pump = OutputPump(RotatingFile(config.log_dir / f"{config.file_name}.log"))
         try:
             process = await asyncio.create_subprocess_exec(

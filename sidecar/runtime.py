@@ -19,6 +19,7 @@ from sidecar.managed.store import Store
 OLDEST_BUILD = 4000
 """llama.cpp builds before b4000 lack endpoints or arguments that the supervisor uses."""
 _VERSION_TIMEOUT = 20.0
+_PACKAGE_ROOT = str(Path(__file__).parent.parent)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,13 @@ class Server:
     argv: tuple[str, ...]
     version: str
     reason: str
+
+    def environment(self) -> dict[str, str]:
+        """The environment to run it in: ours, and for the embedded one the way to this package."""
+        if self.kind != "embedded":
+            return dict(os.environ)
+        paths = (_PACKAGE_ROOT, os.environ.get("PYTHONPATH"))
+        return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def find_server(explicit: Path | None = None, *, store: Store | None = None) -> Server:

@@ -35,7 +35,9 @@ Accelerator = Annotated[
 def ls(runtime_dir: Folder = None, as_json: options.Json = False) -> None:
     """The managed servers, and the one that a node would take, with the reason."""
     with reporting(as_json=as_json):
-        from sidecar.errors import BinaryNotFound
+        from sidecar.errors import BinaryNotFound, RuntimeFailure
+        from sidecar.managed.gpu import find_gpu
+        from sidecar.managed.verify import list_devices, sees
         from sidecar.runtime import find_server
 
         store = _store(runtime_dir)
@@ -44,11 +46,15 @@ def ls(runtime_dir: Folder = None, as_json: options.Json = False) -> None:
         if current:
             marks[current.name] = "in use"
         installs = store.installs()
+        gpu, devices = find_gpu(), list[str]()
         try:
             server = find_server(store=store)
             found = {"kind": server.kind, "version": server.version, "reason": server.reason}
+            devices = list_devices(server)
         except BinaryNotFound as error:
             found = {"kind": "none", "version": "", "reason": str(error)}
+        except RuntimeFailure as error:
+            found["reason"] += f"; {error.message}"
         if as_json:
             for install in installs:
                 data(
@@ -58,7 +64,7 @@ def ls(runtime_dir: Folder = None, as_json: options.Json = False) -> None:
                         "state": marks.get(install.name, ""),
                     }
                 )
-            data({"chosen": found})
+            data({"chosen": {**found, "devices": devices}, "gpu": gpu.value})
             return
         if installs:
             rows = [
@@ -66,6 +72,10 @@ def ls(runtime_dir: Folder = None, as_json: options.Json = False) -> None:
             ]
             table(["name", "state", "version", "devices"], rows)
         text(f"A node takes: {found['kind']} {found['version']} ({found['reason']})")
+        if not sees(devices, gpu):
+            text(
+                f"It does not use this machine's GPU ({gpu.value}); `qmesh-node runtime install` gets one that may."
+            )
 
 
 @app.command()

@@ -32,10 +32,10 @@ class Proof:
 async def verify(binary: Path) -> Proof:
     """Run all three checks. Raises BinaryNotFound or RuntimeFailure with what went wrong."""
     version = await asyncio.to_thread(check_binary, binary)
-    devices = await asyncio.to_thread(list_devices, binary)
+    server = Server("explicit", (str(binary),), version, "to be verified")
+    devices = await asyncio.to_thread(list_devices, server)
     with tempfile.TemporaryDirectory(prefix="qmesh-verify-") as folder:
         config = SidecarConfig(model=DEMO_MODEL, context=512, slots=1, log_dir=Path(folder))
-        server = Server("explicit", (str(binary),), version, "to be verified")
         try:
             async with Supervisor(config, server) as supervisor:
                 client = await supervisor.ensure_ready(_TOKEN_TIMEOUT)
@@ -45,11 +45,12 @@ async def verify(binary: Path) -> Proof:
     return Proof(version, devices, str(answer["content"]))
 
 
-def list_devices(binary: Path) -> list[str]:
-    """The accelerators that a server sees, as it names them. Raises RuntimeFailure."""
+def list_devices(server: Server) -> list[str]:
+    """The accelerators that a server sees, as it names them. Blocks. Raises RuntimeFailure."""
     try:
         done = subprocess.run(  # noqa: S603 - a server that was just installed or named
-            [str(binary), "--list-devices"],
+            [*server.argv, "--list-devices"],
+            env=server.environment(),
             capture_output=True,
             text=True,
             errors="replace",
@@ -58,7 +59,7 @@ def list_devices(binary: Path) -> list[str]:
             check=False,
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise RuntimeFailure(f"{binary} --list-devices failed: {error}") from error
+        raise RuntimeFailure(f"{server.argv[0]} --list-devices failed: {error}") from error
     _, _, listed = (done.stdout + done.stderr).partition("Available devices:")
     lines = (line.strip() for line in listed.splitlines())
     return [line for line in lines if re.match(r"[A-Za-z]+\d*:", line) and not line.startswith("CPU")]
