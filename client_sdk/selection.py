@@ -68,12 +68,38 @@ class Choice:
     candidates: tuple[Candidate, ...]
 
 
-def expected(record: WorkerRecord, board: Scoreboard, need: Need, now: float) -> Candidate:
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What a worker is taken to reach of which nothing is known, in tokens/s."""
+
+    generation: float = DEFAULT_GENERATION_SPEED
+    prompt: float = DEFAULT_PROMPT_SPEED
+
+
+def usual_speeds(records: Sequence[WorkerRecord], board: Scoreboard, now: float) -> Speeds:
+    """The median of the workers that are known: a newcomer is as good as they are until it was tried."""
+    generation = [board[one.node_id].generation_speed.blend(one.generation_speed, now) for one in records]
+    prompt = [board[one.node_id].prompt_speed.blend(one.prompt_speed, now) for one in records]
+    return Speeds(_median(generation, DEFAULT_GENERATION_SPEED), _median(prompt, DEFAULT_PROMPT_SPEED))
+
+
+def _median(speeds: Sequence[float], otherwise: float) -> float:
+    known = sorted(speed for speed in speeds if speed > 0)
+    return known[len(known) // 2] if known else otherwise
+
+
+def expected(
+    record: WorkerRecord,
+    board: Scoreboard,
+    need: Need,
+    now: float,
+    usual: Speeds = Speeds(),  # noqa: B008 - frozen
+) -> Candidate:
     """The cost of giving the request to this worker now."""
     score = board[record.node_id]
     slots = max(1, score.slots or record.slots)
-    generation = score.generation_speed.blend(record.generation_speed, now) or DEFAULT_GENERATION_SPEED
-    prompt = score.prompt_speed.blend(record.prompt_speed, now) or DEFAULT_PROMPT_SPEED
+    generation = score.generation_speed.blend(record.generation_speed, now) or usual.generation
+    prompt = score.prompt_speed.blend(record.prompt_speed, now) or usual.prompt
     prompt, generation = max(prompt, SLOWEST), max(generation, SLOWEST)
     service = need.prompt_tokens / prompt + need.answer_tokens / generation
     # A worker that was slow to speak is so for reasons that its speeds do not tell.
@@ -97,9 +123,10 @@ def choose(
     exclude: Collection[bytes] = (),
 ) -> Choice | None:
     """The worker to ask next, or None where every one is excluded, unwell or banned."""
+    usual = usual_speeds(records, board, now)
     candidates = sorted(
         (
-            expected(record, board, need, now)
+            expected(record, board, need, now, usual)
             for record in records
             if record.node_id not in exclude and record.health > 0 and board.available(record.node_id, now)
         ),

@@ -145,6 +145,19 @@ def test_a_request_spends_less_time_on_a_better_worker() -> None:
     assert expected(worker(6), board, Need(), 0).cost > usual
 
 
+def test_a_newcomer_without_measurements_is_tried_soon() -> None:
+    """Fast workers that were measured must not starve one of which nothing is known yet."""
+    board = Scoreboard()
+    old = [worker(number, generation_speed=2000.0, prompt_speed=9000.0) for number in (1, 2)]
+    new = worker(3, generation_speed=0.0, prompt_speed=0.0)
+    for one in (*old, new):
+        board[one.node_id].rtt.add(0.001, 0)
+    chosen = Counter(
+        choice.chosen.id for seed in range(300) if (choice := ask([*old, new], board, Random(seed)))
+    )
+    assert chosen[new.node_id] > 30
+
+
 @given(st.integers(0, 60), st.integers(1, 16))
 def test_more_requests_never_make_a_worker_look_better(requests: int, slots: int) -> None:
     board = Scoreboard()
