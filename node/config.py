@@ -10,6 +10,7 @@ import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,7 +26,9 @@ from pydantic import (
 )
 
 from mesh.address import parse_address
+from mesh.admission import AdmissionPolicy, IPNetwork
 from mesh.errors import ConfigurationError
+from mesh.identity import NodeId, parse_node_id
 from mesh.limits import DEFAULT_PORT
 from mesh.network import OPEN_NETWORK
 from node.gateway.settings import GatewaySettings
@@ -95,6 +98,54 @@ class ModelSettings(_Strict):
         return self.alias or (self.path.name.removesuffix(".gguf") if self.path is not None else None)
 
 
+class PeerSettings(_Strict):
+    """Whom the node serves, and how much of it: the table `[peers]` of qmesh.toml.
+
+    The lists hold on the wire (TCP), where answers are given; the DHT stays open to all who find it.
+    """
+
+    allow: tuple[str, ...] | None = None
+    """Ids of the only nodes and clients that are served; everybody where absent."""
+    deny: tuple[str, ...] = ()
+    """Ids, addresses or networks (`192.0.2.0/24`) that are not served."""
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    """Requests of one peer; no limit where absent."""
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Tokens, of prompts and answers, of one peer; no limit where absent."""
+
+    @field_validator("allow")
+    @classmethod
+    def _ids(cls, texts: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for text in texts or ():
+            parse_node_id(text)
+        return texts
+
+    @field_validator("deny")
+    @classmethod
+    def _ids_or_networks(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            _network(text) or parse_node_id(text)
+        return texts
+
+    def policy(self, own_id: NodeId) -> AdmissionPolicy:
+        """The lists for a listener. The node's own gateway is let in whatever they say."""
+        allow = None if self.allow is None else frozenset({own_id, *map(parse_node_id, self.allow)})
+        networks = {text: _network(text) for text in self.deny}
+        return AdmissionPolicy(
+            allow=allow,
+            deny=frozenset(parse_node_id(text) for text, network in networks.items() if network is None)
+            - {own_id},
+            deny_networks=tuple(network for network in networks.values() if network is not None),
+        )
+
+
+def _network(text: str) -> IPNetwork | None:
+    try:
+        return ip_network(text, strict=False)
+    except ValueError:
+        return None
+
+
 class NodeConfig(_Strict):
     """Every setting of `qmesh-node run`. Field names are the keys of qmesh.toml and, in capitals
     behind `QMESH_`, the environment's variables; lists are separated by commas there.
@@ -114,6 +165,8 @@ class NodeConfig(_Strict):
     """`HOST:PORT` of the local OpenAI API; none with `--no-gateway`."""
     api: GatewaySettings = GatewaySettings()
     """What the OpenAI API does: the table `[api]` of qmesh.toml."""
+    peers: PeerSettings = PeerSettings()
+    """Whom the node serves, and how much of it."""
     mdns: bool = True
     """Whether to look for peers on the local network."""
     llama_server: Path | None = None
@@ -214,7 +267,7 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
 
 def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    simple = NodeConfig.model_fields.keys() - {"models", "api"}  # tables have no place in a variable
+    simple = NodeConfig.model_fields.keys() - {"models", "api", "peers"}  # tables have no place in a variable
     for variable, text in environ.items():
         if (
             not variable.startswith(ENV_PREFIX)
@@ -240,7 +293,11 @@ def _explain(error: ValidationError, origin: Mapping[str, str]) -> Configuration
     where = ".".join(str(part) for part in first["loc"])
     source = origin.get(str(first["loc"][0]), "default") if first["loc"] else "default"
     if first["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"models": ModelSettings, "api": GatewaySettings}
+        tables: dict[str, type[BaseModel]] = {
+            "models": ModelSettings,
+            "api": GatewaySettings,
+            "peers": PeerSettings,
+        }
         table = tables.get(str(first["loc"][0]), NodeConfig)
         return _unknown(str(first["loc"][-1]), list(table.model_fields), source)
     reason = first["msg"].removeprefix("Value error, ")

@@ -31,6 +31,7 @@ from node.announcer import Announcer
 from node.config import Loaded
 from node.folder import DataFolder
 from node.gateway.server import Gateway, mesh_client
+from node.inference import Inference
 from node.logs import log_file
 from node.membership import resolve
 from node.models import EXIT_MODEL, choose_server, model_pool, named_models
@@ -66,6 +67,7 @@ class Node:
         self._pool: ModelPool | None = None
         self._dht: Dht | None = None
         self._listener: Listener | None = None
+        self._inference: Inference | None = None
         self._announcer: Announcer | None = None
         self._gateway: Gateway | None = None
 
@@ -124,8 +126,14 @@ class Node:
         self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack")
         await self._dht.start("", 0, sock=udp)
         reachability = Reachability(identity, network, self._dht, tcp.getsockname()[1])
+        self._inference = Inference(identity.id, config.peers, state.load)
         service = Service(
-            identity.id, state.models, self._dht, reachability, status=state.status, load=state.load
+            identity.id,
+            state.models,
+            self._dht,
+            reachability,
+            self._inference,
+            status=state.status,
         )
         self._listener = await serve(
             "",
@@ -136,6 +144,7 @@ class Node:
             user_agent=USER_AGENT,
             on_stream=service.handle,
             load=state.load,
+            policy=config.peers.policy(identity.id),
         )
         self._dht.join(seeds)
         if config.gateway is not None:
@@ -254,7 +263,7 @@ class Node:
         due = loop.time()
         while True:
             if loop.time() >= due:
-                state.sample()
+                await state.sample()
                 due = loop.time() + INTERVAL
             self._changed.clear()
             self._announcer.changed()
@@ -299,6 +308,8 @@ class Node:
             group.create_task(self._listener.close(grace))
 
     async def _stop_models(self) -> None:
+        if self._inference is not None:
+            await self._inference.close()
         if self._pool is not None:
             await self._pool.__aexit__(None, None, None)
 

@@ -7,6 +7,7 @@ steer work away, and every part is monotone in its input. 0 means: the model can
 slots       1 with every slot free, 0.5 with all of them busy
 queue       1 with an empty queue, 0.2 with a full one
 cpu         1 up to 60 % load by *other* programs, then down to 0.5 at 100 %
+gpu         1 up to 60 % load of the GPU by other programs, then down to 0.5 at 100 %
 memory      1 down to 15 % of memory available, then down to 0.3 with none
 crashes     0.7 for each crash of the last ten minutes
 loaded      0.4 where the model has to be loaded before it can answer
@@ -33,6 +34,8 @@ class HealthInputs:
     queue_limit: int
     foreign_cpu: float
     """Fraction of all cores that other programs than this node and its servers use."""
+    foreign_gpu: float
+    """Fraction of the GPU that other programs use; 0 where the model does not use one."""
     memory_available: float
     """Fraction of the machine's memory that is available."""
     recent_crashes: int
@@ -53,6 +56,7 @@ def health(inputs: HealthInputs) -> Health:
         "slots": 1 - 0.5 * _fraction(inputs.busy, inputs.slots),
         "queue": 1 - 0.8 * _fraction(inputs.queue, inputs.queue_limit),
         "cpu": 1 - 0.5 * _ramp(inputs.foreign_cpu, 0.6, 1.0),
+        "gpu": 1 - 0.5 * _ramp(inputs.foreign_gpu, 0.6, 1.0),
         "memory": 1 - 0.7 * _ramp(1 - inputs.memory_available, 0.85, 1.0),
         "crashes": 0.7 ** max(0, inputs.recent_crashes),
         "loaded": 1.0 if inputs.loaded else 0.4,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import psutil
+
+from node.gpu import Gpu
 
 INTERVAL = 5.0
 """Seconds between samples."""
@@ -21,6 +23,9 @@ class Sample:
     foreign_cpu: float = 0.0
     """The part of `cpu` that other programs use."""
     memory_available: float = 1.0
+    foreign_gpu: float = 0.0
+    """How busy other programs keep the GPU; of several, the least busy one."""
+    gpus: tuple[Gpu, ...] = ()
 
 
 class Monitor:
@@ -31,8 +36,10 @@ class Monitor:
         self._processes: dict[int, psutil.Process] = {}
         psutil.cpu_percent(None)
 
-    def update(self, own: Collection[int]) -> Sample:
-        """Take a sample; `own` are the ids of the node's processes."""
+    def update(self, own: Collection[int], gpus: Sequence[Gpu] = (), *, working: bool = False) -> Sample:
+        """Take a sample; `own` are the ids of the node's processes, `gpus` was read just now. Where a GPU
+        does not tell whose work it does, it is taken for the node's own while that is `working`.
+        """
         cores = psutil.cpu_count() or 1
         cpu = psutil.cpu_percent(None) / 100
         ours = sum(self._cpu(pid) for pid in own) / (100 * cores)
@@ -43,6 +50,8 @@ class Monitor:
             cpu=min(1.0, cpu),
             foreign_cpu=min(1.0, max(0.0, cpu - ours)),
             memory_available=memory.available / memory.total,
+            foreign_gpu=min((_foreign(gpu, working=working) for gpu in gpus), default=0.0),
+            gpus=tuple(gpus),
         )
         return self.sample
 
@@ -54,6 +63,12 @@ class Monitor:
             return process.cpu_percent(None)
         self._processes.pop(pid, None)
         return 0.0
+
+
+def _foreign(gpu: Gpu, *, working: bool) -> float:
+    if gpu.foreign is not None:
+        return gpu.foreign
+    return 0.0 if working else gpu.busy
 
 
 def machine() -> str:

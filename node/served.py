@@ -26,6 +26,7 @@ log = logging.getLogger("qmesh.node")
 
 CRASH_MEMORY = 600.0
 SMOOTHING = 0.2
+SETTLE_POLL = 0.01
 SETTLE = 2.0
 """Seconds within which a server has ended a request that was cancelled."""
 
@@ -126,6 +127,7 @@ class ServedModel:
                 queue=admission.waiting,
                 queue_limit=admission.queue_limit,
                 foreign_cpu=machine.foreign_cpu,
+                foreign_gpu=0.0 if self.settings.gpu_layers == 0 else machine.foreign_gpu,
                 memory_available=machine.memory_available,
                 recent_crashes=len(self._crashes),
             )
@@ -150,7 +152,7 @@ class ServedModel:
                 return
             if sum(bool(slot.get("is_processing")) for slot in slots) < self.gate.admission.busy:
                 return
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(SETTLE_POLL)
 
     def describe(self, machine: Sample, now: float) -> dict[str, Any]:
         """The model's part of `status`."""

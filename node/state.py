@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from typing import Any
@@ -10,6 +11,7 @@ from mesh.identity import NodeId
 from mesh.records import WorkerRecord
 from node.__about__ import USER_AGENT, VERSION
 from node.announcer import Describe
+from node.gpu import find_reader
 from node.monitor import Monitor
 from node.served import ServedModel
 
@@ -23,12 +25,15 @@ class NodeState:
         self.addresses = addresses
         self.models: dict[str, ServedModel] = {}
         self._monitor = Monitor()
+        self._read_gpus = find_reader()
         self._started = time.monotonic()
 
-    def sample(self) -> None:
+    async def sample(self) -> None:
         """Look at the machine."""
-        pids = [model.pid for model in self.models.values()]
-        self._monitor.update([os.getpid(), *(pid for pid in pids if pid is not None)])
+        pids = [os.getpid(), *(pid for model in self.models.values() if (pid := model.pid) is not None)]
+        gpus = await asyncio.to_thread(self._read_gpus, pids) if self._read_gpus is not None else []
+        working = any(model.gate.admission.busy for model in self.models.values())
+        self._monitor.update(pids, gpus, working=working)
 
     def load(self) -> dict[str, int]:
         """The live load that PONG and END carry, over all models."""
@@ -60,6 +65,10 @@ class NodeState:
                 "cpu": round(sample.cpu, 3),
                 "foreign_cpu": round(sample.foreign_cpu, 3),
                 "memory_available": round(sample.memory_available, 3),
+                "gpus": [
+                    {"name": gpu.name, "busy": round(gpu.busy, 3), "memory_free": gpu.memory_free}
+                    for gpu in sample.gpus
+                ],
             },
         }
 

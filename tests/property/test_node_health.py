@@ -20,6 +20,7 @@ inputs = st.builds(
     queue=counts,
     queue_limit=counts,
     foreign_cpu=fractions,
+    foreign_gpu=fractions,
     memory_available=fractions,
     recent_crashes=st.integers(0, 100),
 )
@@ -54,6 +55,7 @@ def test_more_room_never_lowers_it(one: HealthInputs, name: str, more: int) -> N
 def test_it_is_monotone_in_the_machine(one: HealthInputs, low: float, high: float) -> None:
     low, high = min(low, high), max(low, high)
     assert health(replace(one, foreign_cpu=high)).score <= health(replace(one, foreign_cpu=low)).score
+    assert health(replace(one, foreign_gpu=high)).score <= health(replace(one, foreign_gpu=low)).score
     assert (
         health(replace(one, memory_available=high)).score >= health(replace(one, memory_available=low)).score
     )
@@ -62,12 +64,13 @@ def test_it_is_monotone_in_the_machine(one: HealthInputs, low: float, high: floa
 def test_the_documented_points() -> None:
     best = HealthInputs(
         ready=True, loaded=True, slots=4, busy=0, queue=0, queue_limit=16,
-        foreign_cpu=0.6, memory_available=0.15, recent_crashes=0,
+        foreign_cpu=0.6, foreign_gpu=0.6, memory_available=0.15, recent_crashes=0,
     )  # fmt: skip
     assert health(best).score == 100
     assert health(replace(best, busy=4)).score == 50
     assert health(replace(best, queue=16)).score == 20
     assert health(replace(best, foreign_cpu=1.0)).score == 50
+    assert health(replace(best, foreign_gpu=1.0)).score == 50
     assert health(replace(best, memory_available=0.0)).score == 30
     assert health(replace(best, recent_crashes=2)).score == 49
     assert health(replace(best, loaded=False)).score == 40

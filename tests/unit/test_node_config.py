@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from mesh.errors import ConfigurationError
+from mesh.identity import NodeId
 from node.config import DEFAULT_GATEWAY, DEFAULT_LISTEN, Loaded
 
 
@@ -164,3 +165,32 @@ def test_variables_of_the_tests_are_no_settings(tmp_path: Path) -> None:
         tmp_path,
         environ={"QMESH_TEST_TIMEOUT_FACTOR": "2", "QMESH_TEST_LLAMA_SERVER": "/x", "QMESH_DEBUG": "1"},
     )
+
+
+def test_peers_are_allowed_and_denied_by_id_and_network(tmp_path: Path) -> None:
+    own, friend, foe = (NodeId(bytes([number]) * 32) for number in (1, 2, 3))
+    file = tmp_path / "qmesh.toml"
+    file.write_text(
+        f'[peers]\nallow = ["{friend.hex()}"]\ndeny = ["{foe.hex()}", "192.0.2.7", "2001:db8::/32"]\n'
+        "requests_per_minute = 6\n"
+    )
+    peers = Loaded.of({}, file=file, environ={}).config.peers
+    policy = peers.policy(own)
+    assert peers.requests_per_minute == 6
+    assert policy.allow == frozenset({own, friend})
+    assert policy.deny == {foe}
+    assert [str(one) for one in policy.deny_networks] == ["192.0.2.7/32", "2001:db8::/32"]
+    assert (
+        Loaded.of({"data_dir": tmp_path / "none"}, file=None, environ={}).config.peers.policy(own).allow
+        is None
+    )
+
+
+@pytest.mark.parametrize(
+    "line", ['allow = ["me"]', 'deny = ["1.2.3.4/99"]', "requests_per_minute = 0", "x = 1"]
+)
+def test_wrong_lists_of_peers_are_refused(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "qmesh.toml"
+    file.write_text(f"[peers]\n{line}\n")
+    with pytest.raises(ConfigurationError):
+        Loaded.of({}, file=file, environ={})

@@ -28,11 +28,11 @@ from mesh.network import Network
 from mesh.transport import Stream
 from node import inference
 from node import service as module
+from node.config import PeerSettings
 from node.gate import Gate
+from node.inference import COUNTING, GENERATING, MAX_COST, Inference
 from node.reachability import Reachability
 from node.served import ServedModel
-from node.config import PeerSettings
-from node.inference import COUNTING, GENERATING, MAX_COST, Inference
 from node.service import Service
 from tests.support import seconds
 
@@ -282,3 +282,44 @@ async def test_models_are_managed_by_the_nodes_own_key_alone(served: Served, met
         await served.handle(FakeStream(method, {"model": "m"}))
     with pytest.raises(ModelNotFound):
         await served.handle(FakeStream(method, {"model": ["m"]}, peer_id=OWN))
+
+
+async def test_a_peer_has_so_many_requests_per_minute() -> None:
+    served = make(PeerSettings(requests_per_minute=2))
+    for _ in range(2):
+        with pytest.raises(Overloaded, match="starting"):
+            await served.ask()
+    with pytest.raises(Overloaded, match="limit of requests") as refused:
+        await served.ask()
+    assert refused.value.retry_after == pytest.approx(30, abs=1), "one of two per minute"
+    other = FakeStream("infer", {"path": "/completion", "model": "m"}, peer_id=NodeId(b"q" * 32))
+    with pytest.raises(Overloaded, match="starting"):
+        await served.handle(other)
+    for _ in range(5):
+        with pytest.raises(Overloaded, match="starting"):
+            await served.handle(FakeStream("infer", {"path": "/completion", "model": "m"}, peer_id=OWN))
+
+
+async def test_a_peer_has_so_many_tokens_per_minute() -> None:
+    served = make(PeerSettings(tokens_per_minute=600))
+    with pytest.raises(Overloaded, match="starting"):
+        await served.ask(b'{"n_predict": 500}')
+    with pytest.raises(Overloaded, match="limit of requests") as refused:
+        await served.ask(b'{"n_predict": 200}')
+    assert refused.value.retry_after == pytest.approx(11, abs=1), "105 tokens too many at 10 per second"
+
+
+@pytest.mark.parametrize(
+    ("facts", "tokens"),
+    [
+        ({}, 99),
+        ({"usage": {"prompt_tokens": 5, "completion_tokens": 7, "total_tokens": 12}}, 12),
+        ({"usage": {"input_tokens": 5, "output_tokens": 7}}, 12),
+        ({"timings": {"prompt_n": 1, "cache_n": 4, "predicted_n": 7, "prompt_ms": 3.0}}, 12),
+        ({"usage": {"prompt_tokens": "5"}, "timings": {"predicted_n": 3}}, 99),
+    ],
+)
+def test_what_a_request_used_is_read_from_its_end(facts: dict[str, Any], tokens: float) -> None:
+    used = inference.Used(99)
+    used.learn(facts)
+    assert used.tokens == tokens
