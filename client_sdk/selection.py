@@ -93,7 +93,7 @@ def expected(
     board: Scoreboard,
     need: Need,
     now: float,
-    usual: Speeds = Speeds(),  # noqa: B008 - frozen
+    usual: Speeds = Speeds(),
 ) -> Candidate:
     """The cost of giving the request to this worker now."""
     score = board[record.node_id]
