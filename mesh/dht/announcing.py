@@ -85,9 +85,8 @@ class Announcing:
             depth, _ = await self._lookups.walk(record.model, self._identity.id, 1, until)
             own = self._own.setdefault(record.model, _Announced(Depth(depth, self._clock())))
         own.listed_until = record.expires if record.health > 0 else 0.0
-        replicas, _ = await asyncio.gather(
-            self._announce_at_depth(own, record), self._catalogue.update(self._healthy())
-        )
+        replicas = await self._announce_at_depth(own, record)
+        await self._catalogue.update(self._healthy())
         return replicas
 
     async def withdraw(self, record: WorkerRecord) -> None:

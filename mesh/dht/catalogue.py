@@ -1,7 +1,8 @@
-"""Our part of the catalogue: one record per node that lists its models, on one key for the whole mesh.
+"""Our part of the catalogue: one record per node that lists models of its own, on one key for the mesh.
 
-A key holds 64 records, so in a large mesh only some nodes list, chosen anew each time by chance: of each
-model's workers about `LISTINGS`, and fewer of all where the key is nearly full.
+A key holds 64 records, so not every node can list: each model is to have a few listings, the fewer the
+fuller the key. Who lists a model goes on unless enough nodes of lower ids do; who does not looks now and
+then, the more rarely the more workers there are to look, and steps in where listings are missing.
 """
 
 from __future__ import annotations
@@ -11,17 +12,20 @@ from dataclasses import dataclass
 
 from mesh.dht.crawl import Answer
 from mesh.dht.environment import Environment
-from mesh.dht.limits import CATALOGUE_INTERVAL, CATALOGUE_LISTINGS, WITHDRAWN_LIFETIME
+from mesh.dht.limits import (
+    CATALOGUE_INTERVAL,
+    CATALOGUE_LOOKS,
+    MAX_CATALOGUE_INTERVAL,
+    WITHDRAWN_LIFETIME,
+)
 from mesh.dht.lookups import Lookups
-from mesh.dht.shards import MERGE_AT, SPLIT_AT
 from mesh.errors import ConfigurationError
 from mesh.identity import Identity
-from mesh.limits import RECORD_TTL
+from mesh.limits import MAX_RECORDS_PER_KEY, RECORD_TTL
 from mesh.network import Network
 from mesh.records import catalogue_key, sign_catalogue
 
-_PROBE = 0.1
-_LEAST_SHARE = 1 / 1024
+_CROWDED = 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,44 +60,70 @@ class Catalogue:
         self._network = network
         self._environment = environment
         self._names: frozenset[str] = frozenset()
+        self._listed: frozenset[str] = frozenset()
         self._due = 0.0
+        self._pause = CATALOGUE_INTERVAL
         self._seq = 0
-        self._share = 1.0
 
     async def update(self, models: dict[str, int]) -> None:
-        """List `models` (name → workers on the mesh) if they changed or it is time again."""
+        """List `models` (name → workers on the mesh) where that is needed, if they changed or it is time."""
         now = self._environment.clock()
-        names = frozenset(models)
-        if names == self._names and (not names or now < self._due):
+        new, self._names = models.keys() - self._names, frozenset(models)
+        if self._listed - self._names:
+            await self._list({name: models[name] for name in self._listed & self._names})
+        if not new and now < self._due:
             return
-        gone = self._names - names
-        self._names, self._due = names, now + CATALOGUE_INTERVAL
         rng = self._environment.rng
-        listed = [
-            (name, workers)
-            for name, workers in models.items()
-            if rng.random() < self._share * CATALOGUE_LISTINGS / workers
+        mine = [
+            name for name in models if name in self._listed or rng.random() < CATALOGUE_LOOKS / models[name]
         ]
-        if listed or (gone and self.blob):
-            rng.shuffle(listed)
-            self.blob = self._sign(listed)
-            count = (await self._publish(self.key, self.blob)).count
-        elif rng.random() < _PROBE:
-            count = await self._lookups.count(self.key)
-        else:
+        self._due = now + self._pause * rng.uniform(0.85, 1.15)
+        if not mine:
             return
-        if count >= SPLIT_AT:
-            self._share = max(_LEAST_SHARE, self._share / 2)
-        elif count < MERGE_AT:
-            self._share = min(1.0, self._share * 4)
+        listings = {node_id: dict(listing) for node_id, listing in (await self._lookups.listings()).items()}
+        needed = self._needed(mine, listings)
+        if needed or self._listed:
+            await self._list({name: models[name] for name in needed if name in self._names})
+        # There is no use in looking often at a key that has no room.
+        crowded = len(listings) >= _CROWDED and not self._listed
+        self._pause = min(2 * self._pause, MAX_CATALOGUE_INTERVAL) if crowded else CATALOGUE_INTERVAL
 
-    def _sign(self, listed: list[tuple[str, int]]) -> bytes:
+    def _needed(self, names: list[str], listings: dict[bytes, dict[str, int]]) -> list[str]:
+        """The models that lack listings without ours."""
+        own = self._identity.id
+        if len(listings) >= MAX_RECORDS_PER_KEY and own not in listings:
+            return []
+        enough = _enough(len(listings))
+        needed = []
+        for name in names:
+            listers = [node_id for node_id, listing in listings.items() if name in listing and node_id != own]
+            # Of too many listers those with the highest ids go: were it left to chance, all might.
+            rivals = [node_id for node_id in listers if node_id < own] if name in self._listed else listers
+            if len(rivals) < enough:
+                needed.append(name)
+        return needed
+
+    async def _list(self, models: dict[str, int]) -> None:
+        self._listed = frozenset(models)
+        listing = list(models.items())
+        self._environment.rng.shuffle(listing)
+        self.blob = self._sign(listing)
+        await self._publish(self.key, self.blob)
+
+    def _sign(self, listing: list[tuple[str, int]]) -> bytes:
         now = self._environment.wall()
         self._seq = max(int(now * 1000), self._seq + 1)
-        expires = int(now + (RECORD_TTL if listed else WITHDRAWN_LIFETIME))
+        expires = int(now + (RECORD_TTL if listing else WITHDRAWN_LIFETIME))
         while True:
             try:
-                return sign_catalogue(listed, self._seq, expires, self._identity, self._network)
+                return sign_catalogue(listing, self._seq, expires, self._identity, self._network)
             except ConfigurationError:
                 # More names than fit: some now, others another time.
-                listed = listed[:-1]
+                listing = listing[:-1]
+
+
+def _enough(records: int) -> int:
+    """How many listings a model is to have when the key holds so many records (of at most 64)."""
+    if records < 32:
+        return 4
+    return 2 if records < 48 else 1

@@ -27,10 +27,9 @@ COUNTS_ASKED: Final = 3
 MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0
-CATALOGUE_LISTINGS: Final = 4
-"""About how many of a model's workers list it in each interval; a listing lives for two."""
-MAX_CATALOGUE: Final = 1000
-"""Listings that are read at most."""
+MAX_CATALOGUE_INTERVAL: Final = 3600.0
+CATALOGUE_LOOKS: Final = 8
+"""About how many of a model's workers look in each interval whether it needs more listings."""
 WITHDRAWN_LIFETIME: Final = 60.0
 WITHDRAW_DEADLINE: Final = 1.5
 RESOLVE_DEADLINE: Final = 5.0

@@ -76,18 +76,25 @@ class Lookups:
 
     async def models(self) -> dict[str, int]:
         """See `Dht.models`."""
-
-        def open_blob(blob: bytes) -> tuple[bytes, int, Listing]:
-            return open_catalogue(blob, self._network, self._wall())
-
-        gathering = Gathering(open_blob, bool, limits.MAX_CATALOGUE, self._rng.randbytes(8))
-        until = self._clock() + limits.LOOKUP_DEADLINE
-        await self._gather(catalogue_key(self._network), gathering, until)
         estimates: dict[str, list[int]] = {}
-        for listing in gathering.values():
+        for listing in (await self.listings()).values():
             for name, workers in dict(listing).items():
                 estimates.setdefault(name, []).append(workers)
-        return {name: _population(sizes) for name, sizes in sorted(estimates.items())}
+        # Where only some workers list a model, they know better how many there are.
+        return {name: max(len(sizes), round(median(sizes))) for name, sizes in sorted(estimates.items())}
+
+    async def listings(self) -> dict[bytes, Listing]:
+        """The catalogue: what each node lists."""
+
+        def open_blob(blob: bytes) -> tuple[bytes, int, tuple[bytes, Listing]]:
+            node_id, seq, listing = open_catalogue(blob, self._network, self._wall())
+            return node_id, seq, (node_id, listing)
+
+        everything = MAX_RECORDS_PER_KEY + 1
+        gathering = Gathering(open_blob, lambda found: bool(found[1]), everything, self._rng.randbytes(8))
+        until = self._clock() + limits.LOOKUP_DEADLINE
+        await self._gather(catalogue_key(self._network), gathering, until)
+        return dict(gathering.values())
 
     async def walk(
         self, model: str, point: bytes, want: int, until: float
@@ -250,10 +257,3 @@ class _Reading:
                 count = min(count, MAX_RECORDS_PER_KEY)
                 return cls(answer, count, count)
         return None
-
-
-def _population(estimates: list[int]) -> int:
-    """A few listings are all there are; many are a sample, and what they estimate counts."""
-    if len(estimates) < limits.CATALOGUE_LISTINGS:
-        return len(estimates)
-    return max(len(estimates), round(median(estimates)))
