@@ -36,8 +36,9 @@ def write_record(path: Path, pid: int, nonce: str) -> None:
 
 
 def remove_record(path: Path) -> None:
-    """Forget a server that is gone."""
-    path.unlink(missing_ok=True)
+    """Forget a server that is gone; a record that stays does no harm."""
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
 
 
 def reap(path: Path, timeout: float = 5.0) -> int | None:

@@ -53,6 +53,8 @@ _ERRORS: Mapping[Fault, type[SidecarError]] = {
     Fault.HANG: SidecarUnresponsive,
 }
 _jitter = random.SystemRandom().random
+_PASSING = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Why a process could not be made although it may succeed later."""
 _SETTLED = (State.READY, State.DEGRADED, State.FAILED, State.STOPPED)
 
 
@@ -63,7 +65,7 @@ class Supervisor:
 
     `state`, `pid`, `restarts` (in all), `last_error`, `log_tail`, `info` (None until ready) and
     `metrics` (the last scrape) may be read at any time. Raises ModelLoadFailed on entering when the
-    model file is missing or broken.
+    model file is missing or broken, SidecarError when the log folder cannot be made.
     """
 
     def __init__(
@@ -193,7 +195,12 @@ class Supervisor:
     def _prepare(self) -> GgufHeader:
         if self.config.model is None:
             raise ModelLoadFailed("a backend URL has no process to supervise. Give a model file.")
-        header = read_header(self.config.model)
+        header, folder = read_header(self.config.model), self.config.log_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            text = f"the log folder {folder} cannot be made: {error.strerror}. Choose another."
+            raise SidecarError(text) from error
         orphan = orphans.reap(record_path(self.config))
         if orphan:
             log.warning("%s: ended the server %d that a killed node left behind", self.config.name, orphan)
@@ -304,7 +311,7 @@ class Supervisor:
         try:
             self._child = child = await Child.spawn(self.config, self.server, plan, self._settings)
         except OSError as error:
-            fatal = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+            fatal = error.errno not in _PASSING
             return states.SpawnFailed(f"cannot start {self.server.argv[0]}: {error}", fatal, _jitter())
         prober = group.create_task(self._probe(child))
         group.create_task(self._watch(child, prober))

@@ -42,6 +42,7 @@ class Mirror:
     def __init__(self) -> None:
         self.url = ""
         self.archive, self.digest, self.tag = ARCHIVE, "", "b9999"
+        self.names = [NAME]
         self.requests: list[str] = []
         self.answer: Answer = self.send
         self.index_answers: list[web.Response] = []
@@ -51,14 +52,17 @@ class Mirror:
         if self.index_answers:
             return self.index_answers.pop(0)
         digest = self.digest or hashlib.sha256(self.archive).hexdigest()
-        asset = {
-            "name": NAME.replace("b9999", self.tag),
-            "size": len(self.archive),
-            "digest": f"sha256:{digest}",
-            "browser_download_url": str(request.url.with_path("/asset").with_query(None)),
-        }
+        assets = [
+            {
+                "name": name.replace("b9999", self.tag),
+                "size": len(self.archive),
+                "digest": f"sha256:{digest}",
+                "browser_download_url": str(request.url.with_path("/asset").with_query(None)),
+            }
+            for name in self.names
+        ]
         source = {"name": "source.tar.gz", "browser_download_url": "http://x/y"}
-        release = {"tag_name": self.tag, "prerelease": True, "assets": [source, asset]}
+        release = {"tag_name": self.tag, "prerelease": True, "assets": [source, *assets]}
         return web.json_response(release if "/tags/" in request.path else [release])
 
     async def asset(self, request: web.Request) -> web.StreamResponse:

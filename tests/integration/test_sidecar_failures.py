@@ -33,7 +33,7 @@ from sidecar.errors import (
     SidecarTimeout,
     SidecarUnresponsive,
 )
-from sidecar.process import Policy, State, Supervisor
+from sidecar.process import Change, Policy, State, Supervisor
 from sidecar.runtime import Server
 from tests.sidecar_support import QUICK, QUICK_PROBES, Watcher, alive, config, fake, until
 from tests.support import seconds
@@ -215,6 +215,25 @@ async def test_leaving_the_context_while_cancelled_leaves_no_process(tmp_path: P
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not alive(pids[0])
+
+
+async def test_a_bug_in_a_subscriber_surfaces_and_leaves_no_process(tmp_path: Path) -> None:
+    def fails(change: Change) -> None:
+        raise KeyError(change)
+
+    with pytest.raises(ExceptionGroup) as caught:
+        async with fake(tmp_path) as server:
+            server.subscribe(fails)
+            await server.ensure_ready(seconds(10))
+    assert caught.value.subgroup(KeyError)
+    assert psutil.Process().children() == []
+
+
+async def test_a_log_folder_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SidecarError, match="Not a directory"):
+        async with fake(tmp_path / "file" / "logs"):
+            pass
 
 
 # ── a request's own failures ────────────────────────────────────────────────────────────────────

@@ -17,10 +17,13 @@ from typer.testing import CliRunner
 
 from node.cli.runtime import app
 from sidecar.errors import BinaryNotFound, ChecksumMismatch, DownloadFailed, RuntimeFailure, UnsafeArchive
+from sidecar.managed import verify as verify_module
 from sidecar.managed.download import Downloader
+from sidecar.managed.gpu import Gpu
 from sidecar.managed.install import install
 from sidecar.managed.manifest import Manifest
 from sidecar.managed.store import Install, Store
+from sidecar.managed.verify import Proof
 from sidecar.runtime import find_server
 from tests.sidecar_mirror import ARCHIVE, NAME, Mirror, serving, tarball
 from tests.support import seconds
@@ -102,6 +105,32 @@ async def test_the_lock_holds_between_processes(mirror: Mirror, store: Store) ->
     await process.communicate(b"")
     async with store.locked(timeout=seconds(5)):
         pass
+
+
+@pytest.mark.parametrize("said", ["does not see the GPU", "does not work here"])
+async def test_a_build_that_does_not_use_the_gpu_gives_way_to_the_next(
+    mirror: Mirror,
+    store: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    said: str,
+) -> None:
+    monkeypatch.setattr("sidecar.managed.install.find_gpu", lambda: Gpu.OTHER)  # the fake sees no device
+    system, arch = NAME.split("-")[3], NAME.split("-")[4]
+    mirror.names = [NAME, f"llama-b9999-bin-{system}-vulkan-{arch}"]
+    if said == "does not work here":
+        verify = verify_module.verify
+
+        async def fails_on_vulkan(binary: Path) -> Proof:
+            if "vulkan" in str(binary):
+                raise RuntimeFailure("no loader")
+            return await verify(binary)
+
+        monkeypatch.setattr("sidecar.managed.install.verify", fails_on_vulkan)
+    done = await fetch(mirror, store, accelerator=None)
+    assert done.accelerator == "cpu"
+    assert store.current() == done
+    assert f"the vulkan build {said}" in caplog.text
 
 
 # ── bad servers ─────────────────────────────────────────────────────────────────────────────────
