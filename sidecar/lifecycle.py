@@ -151,7 +151,8 @@ def _answered(machine: Machine, event: Answered, now: float, policy: Policy) -> 
 
 
 def _silent(machine: Machine, event: Silent, now: float, policy: Policy) -> Step:
-    if now - machine.answered_at >= policy.hang_after:
+    # One silence is never enough: it may be we who slept, and the probe's deadline passed meanwhile.
+    if machine.state is State.DEGRADED and now - machine.answered_at >= policy.hang_after:
         return _hung(machine, now, policy, f"{event.detail} for {now - machine.answered_at:.0f} s")
     return replace(machine, state=State.DEGRADED), ()
 

@@ -173,6 +173,14 @@ def test_silence_degrades_then_kills() -> None:
     assert run.machine.failure == s.Failure(Fault.HANG, "no answer for 10 s")
 
 
+def test_one_silence_after_a_long_sleep_of_ours_is_no_hang() -> None:
+    run = ready()
+    assert run.feed(s.Silent("no answer"), after=3600) == []
+    assert run.state() is State.DEGRADED
+    run.feed(s.Answered(busy=False, work=(1,)))
+    assert run.state() is State.READY
+
+
 @pytest.mark.parametrize(("computing", "limit"), [(False, 60.0), (True, 600.0)])
 def test_no_token_while_work_is_queued_is_a_hang(computing: bool, limit: float) -> None:
     run = ready()
