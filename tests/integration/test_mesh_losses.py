@@ -173,7 +173,9 @@ async def test_a_killed_node_is_gone_when_its_record_expires(tmp_path: Path, mem
         "--no-gateway", "--data-dir", str(tmp_path / "node"), "--join", members[0].address,
     ]  # fmt: skip
     with (tmp_path / "events").open("wb") as events:
-        node = subprocess.Popen(command, stdout=events, stderr=subprocess.DEVNULL, env=marked.environ)
+        node = subprocess.Popen(  # noqa: ASYNC220 - ended below, whatever happens
+            command, stdout=events, stderr=subprocess.DEVNULL, env=marked.environ
+        )
     try:
 
         async def ready() -> bool:
