@@ -14,14 +14,18 @@ from client_sdk.passthrough import Passthrough
 from client_sdk.types import Explanation
 from mesh.errors import BackendFailed
 
-NOT_IMPLEMENTED = 501
+UNAVAILABLE = frozenset({502, 503, 504})
+"""What another worker may do better. 500 is not among them: llama-server says it of requests that it
+cannot make sense of (a missing field, a token id out of range), and blaming the worker would let one
+bad request ban every worker.
+"""
 
 
 class RawAnswer:
     """An answer as llama-server wrote it. An async context manager; entering waits for its beginning.
 
-    `status` and `content_type` are the server's; iterate once for the body. An error status below 500
-    (and 501) is an answer like any other: no worker would say otherwise. Entering and iterating raise
+    `status` and `content_type` are the server's; iterate once for the body. An error status that
+    is not in `UNAVAILABLE` is an answer like any other: no worker would say otherwise. Entering and iterating raise
     what `Attempts.run` raises.
     """
 
@@ -70,7 +74,7 @@ class RawAnswer:
     async def _relay(self, call: Call) -> AsyncGenerator[bytes, None]:
         journal = self._journal
         status = int(call.head.get("status") or 0)
-        if status >= 500 and status != NOT_IMPLEMENTED:
+        if status in UNAVAILABLE:
             raise BackendFailed(f"the model server answered {status}")
         if not journal.started:
             self.status = status

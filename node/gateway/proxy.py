@@ -19,6 +19,10 @@ from node.gateway.limits import estimated_tokens
 from node.gateway.outlet import Outlet
 from node.gateway.waiting import Waiting
 
+SERVER_ERROR = 500
+UNPROCESSABLE = 422
+"""llama-server says 500 of requests that it cannot make sense of; clients would send them again and again."""
+
 
 class Proxy:
     """The endpoints that workers answer."""
@@ -117,7 +121,8 @@ class Proxy:
         async with self._held(answer) as body:
             if not outlet.begun:
                 headers = routing_headers(answer.explain)
-                return outlet.whole(answer.status, answer.content_type, body, headers)
+                status = UNPROCESSABLE if answer.status == SERVER_ERROR else answer.status
+                return outlet.whole(status, answer.content_type, body, headers)
             # A ping has promised a stream; what came instead is an error, as one event.
             await outlet.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
             return await outlet.end()
