@@ -23,7 +23,8 @@ from sidecar.output import OutputPump, RotatingFile
 from sidecar.runtime import Server
 from sidecar.states import Plan
 
-_LAUNCHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")))
+LAUNCHER = (sys.executable, "-I", "-S", str(Path(__file__).with_name("launch.py")))
+"""How every server is started: so that it dies with us."""
 _LAST_OUTPUT_TIMEOUT = 1.0
 
 
@@ -49,7 +50,7 @@ class Child:
         pump = OutputPump(RotatingFile(config.log_dir / f"{config.file_name}.log"))
         try:
             process = await asyncio.create_subprocess_exec(
-                *(*_LAUNCHER, "--nice", str(settings.nice), "--", *server.argv, *arguments),
+                *(*LAUNCHER, "--nice", str(settings.nice), "--", *server.argv, *arguments),
                 stdin=asyncio.subprocess.PIPE,  # the parent-death pipe
                 stdout=pump.write_fd,
                 stderr=pump.write_fd,
@@ -93,22 +94,31 @@ class Child:
 
     def progress(self) -> tuple[int, ...]:
         """Log bytes, CPU seconds, MiB read and MiB resident: any of them moves while a model loads."""
-        try:
-            process = psutil.Process(self.process.pid)
-            resident = process.memory_info().rss
-            read = process.io_counters().read_bytes if hasattr(process, "io_counters") else 0
-        except psutil.Error:
-            return (self.pump.total,)
-        return self.pump.total, int(self._cpu(process)), read >> 20, resident >> 20
+        cpu = read = resident = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                cpu += self._cpu(process)
+                resident += process.memory_info().rss
+                if hasattr(process, "io_counters"):
+                    read += process.io_counters().read_bytes
+        return self.pump.total, int(cpu), int(read) >> 20, int(resident) >> 20
 
     def computed(self) -> float:
         """CPU seconds used since the last call."""
-        try:
-            now = self._cpu(psutil.Process(self.process.pid))
-        except psutil.Error:
-            return 0.0
+        now = 0.0
+        for process in self._family():
+            with contextlib.suppress(psutil.Error):
+                now += self._cpu(process)
         before, self._cpu_seconds = self._cpu_seconds, now
         return now - before
+
+    def _family(self) -> list[psutil.Process]:
+        """The server itself, or where a guard stands before it, both (see `sidecar.launch`)."""
+        try:
+            process = psutil.Process(self.process.pid)
+            return [process] if sys.platform == "linux" else [process, *process.children(recursive=True)]
+        except psutil.Error:
+            return []
 
     @staticmethod
     def _cpu(process: psutil.Process) -> float:

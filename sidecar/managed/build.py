@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sidecar.child import LAUNCHER
 from sidecar.errors import BuildFailed
 from sidecar.managed.archive import unpack
 from sidecar.managed.gpu import Gpu, find_gpu
@@ -122,9 +123,8 @@ async def _compile(wheel: Path, work: Path, accelerator: str, jobs: int, nicenes
 async def _run(command: Sequence[str], timeout: float, niceness: int, tell: Tell) -> None:
     """Run a command, pass its lines on; ends its whole process group when cancelled or late."""
     tail: deque[str] = deque(maxlen=_TAIL)
-    launcher = [sys.executable, "-I", "-S", str(Path(__file__).parent.parent / "launch.py")]
     process = await asyncio.create_subprocess_exec(
-        *(*launcher, "--nice", str(niceness), "--", shutil.which(command[0]) or command[0], *command[1:]),
+        *(*LAUNCHER, "--nice", str(niceness), "--", shutil.which(command[0]) or command[0], *command[1:]),
         stdin=asyncio.subprocess.PIPE,  # the parent-death pipe
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,

@@ -16,6 +16,7 @@ import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import psutil
 import pytest
 import uvloop
 
@@ -216,7 +217,7 @@ async def test_restart_by_hand(running: Supervisor) -> None:
 
 
 NODE = """
-import asyncio, sys
+import asyncio, sys, uvloop
 from pathlib import Path
 from tests.sidecar_support import config, real_server
 from sidecar.process import Supervisor
@@ -227,12 +228,13 @@ async def main():
         print(s.pid, flush=True)
         await asyncio.sleep(600)
 
-asyncio.run(main())
+{run}(main())
 """
 
 
-async def test_the_server_dies_with_its_killed_node(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", NODE, str(tmp_path)]
+@pytest.mark.parametrize("run", ["asyncio.run", "uvloop.run"])
+async def test_the_server_dies_with_its_killed_node(tmp_path: Path, run: str) -> None:
+    command = [sys.executable, "-c", NODE.replace("{run}", run), str(tmp_path)]
     node = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE)  # noqa: ASYNC220 - a test may block
     with node:
         assert node.stdout
@@ -257,6 +259,28 @@ def test_it_works_on_uvloop(tmp_path: Path) -> None:
             assert tokens[-1]["stop"]
 
     uvloop.run(main())
+
+
+async def test_it_works_behind_the_guard_of_other_systems(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(child_module, "LAUNCHER", (*child_module.LAUNCHER, "--guard"))
+    async with supervisor(tmp_path) as running:
+        for victim in ("guard", "server"):
+            client = await running.ensure_ready(seconds(20))
+            watcher = Watcher(running)
+            assert running.pid
+            (server,) = psutil.Process(running.pid).children()
+            os.kill(running.pid if victim == "guard" else server.pid, signal.SIGKILL)
+            crash = await watcher.state(State.BACKING_OFF)
+            assert "killed by signal 9" in str(crash.error)
+            await until(lambda pid=server.pid: not alive(pid))  # type: ignore[misc]
+        client = await running.ensure_ready(seconds(20))
+        assert await client.completion({"prompt": "Once", "n_predict": 2})
+        assert running.pid
+        (server,) = psutil.Process(running.pid).children()
+        await running.stop()
+        assert not alive(server.pid)
 
 
 async def test_an_idle_server_costs_next_to_nothing(tmp_path: Path) -> None:
