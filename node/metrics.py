@@ -166,8 +166,13 @@ class _Gauges(Collector):
             return
         yield _gauge("qmesh_node_health", "Health of the node's best model, 0 to 100.", status["health"])
         yield _gauge("qmesh_node_uptime_seconds", "Seconds since the node started.", status["uptime"])
-        for name, value in status["system"].items():
-            yield _gauge(f"qmesh_system_{name}_ratio", f"{name} of the machine, 0 to 1.", value)
+        system = status["system"]
+        for key, text in _SYSTEM_GAUGES.items():
+            yield _gauge(f"qmesh_system_{key}_ratio", text, system[key])
+        busy = GaugeMetricFamily("qmesh_gpu_busy_ratio", "Load of a GPU, 0 to 1.", labels=["gpu", "name"])
+        for number, gpu in enumerate(system["gpus"]):
+            busy.add_metric([str(number), gpu["name"]], gpu["busy"])
+        yield busy
         models = status["models"]
         for key, text in _MODEL_GAUGES.items():
             family = GaugeMetricFamily(f"qmesh_model_{key}", text, labels=["model"])
@@ -182,6 +187,11 @@ class _Gauges(Collector):
         yield state
 
 
+_SYSTEM_GAUGES = {
+    "cpu": "Load of all cores, 0 to 1.",
+    "foreign_cpu": "Load of all cores by other programs, 0 to 1.",
+    "memory_available": "Memory that is available, 0 to 1.",
+}
 _MODEL_GAUGES = {
     "slots": "Requests that the model answers at the same time.",
     "busy": "Slots in use.",

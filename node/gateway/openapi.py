@@ -82,7 +82,8 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     answers: dict[str, Any] = {"application/json": {"schema": {}}}
     if endpoint.streams:
         properties["stream"] = {"type": "boolean"}
-        answers["text/event-stream"] = {"schema": {"type": "string"}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}}
+        answers["text/event-stream"] = {"schema": event}
     schema = {"type": "object", "required": list(endpoint.required), "properties": properties}
     return {
         "summary": endpoint.summary,
