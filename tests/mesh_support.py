@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -89,32 +90,34 @@ class Command:
         self.program = str(Path(sys.executable).with_name("qmesh-node"))
 
 
-def llama_of(pid: int) -> list[psutil.Process]:
-    """The llama.cpp processes under a node."""
-    with suppress(psutil.NoSuchProcess):
-        return [child for child in psutil.Process(pid).children(recursive=True) if _port(child) is not None]
-    return []
+@dataclass(frozen=True)
+class Llama:
+    """A node's llama.cpp, asked behind the node's back."""
 
+    process: psutil.Process
+    port: int
+    key: str
 
-def _port(process: psutil.Process) -> int | None:
-    with suppress(psutil.Error):
-        for one in process.net_connections(kind="tcp"):
-            if one.status == psutil.CONN_LISTEN:
-                return int(one.laddr.port)
-    return None
-
-
-async def busy_slots(pid: int) -> int:
-    """Slots at work in a node's llama.cpp, by its own word."""
-    busy = 0
-    for process in llama_of(pid):
-        headers = {"Authorization": f"Bearer {process.environ()['LLAMA_API_KEY']}"}
+    async def busy(self) -> int:
+        """Slots at work, by its own word."""
         async with (
-            aiohttp.ClientSession(headers=headers) as http,
-            http.get(f"http://127.0.0.1:{_port(process)}/slots") as response,
+            aiohttp.ClientSession(headers={"Authorization": f"Bearer {self.key}"}) as http,
+            http.get(f"http://127.0.0.1:{self.port}/slots") as response,
         ):
-            busy += sum(bool(slot["is_processing"]) for slot in await response.json())
-    return busy
+            return sum(bool(slot["is_processing"]) for slot in await response.json())
+
+
+def llama_of(pid: int) -> list[Llama]:
+    """The llama.cpp processes under a node."""
+    found: list[Llama] = []
+    with suppress(psutil.Error):
+        for child in psutil.Process(pid).children(recursive=True):
+            found += [
+                Llama(child, one.laddr.port, child.environ()["LLAMA_API_KEY"])
+                for one in child.net_connections(kind="tcp")
+                if one.status == psutil.CONN_LISTEN
+            ]
+    return found
 
 
 @asynccontextmanager

@@ -24,7 +24,7 @@ from mesh.errors import (
     is_retryable,
 )
 from node.cluster import Member
-from tests.mesh_support import MODEL, PROMPT, Proxy, ask, busy_slots, completion, connected, until
+from tests.mesh_support import MODEL, PROMPT, Proxy, ask, completion, connected, llama_of, until
 from tests.support import seconds
 
 pytestmark = pytest.mark.xdist_group("mesh")
@@ -38,7 +38,7 @@ async def idle(members: list[Member]) -> bool:
     for member in members:
         async with connected(member) as connection:
             load = (await ask(connection, "status"))["load"]
-        if load["busy"] or load["queue"] or await busy_slots(member.pid):
+        if load["busy"] or load["queue"] or any([await one.busy() for one in llama_of(member.pid)]):
             return False
     return True
 

@@ -22,9 +22,9 @@ from node.cluster import Cluster, Member
 from tests.mesh_support import (
     MODEL,
     PROMPT,
+    Llama,
     Marked,
     ask,
-    busy_slots,
     connected,
     found_at,
     json_lines,
@@ -105,12 +105,12 @@ async def test_a_node_that_is_killed_takes_its_llama_along_and_no_request_with_i
             for number in range(8):
                 group.create_task(load(mesh, number))
             await until(lambda: answered(done, newcomer), 10)
-            await until(lambda: working(newcomer), 10, every=0)
+            await until(lambda: working(servers[0]), 10, every=0)
             died = time.monotonic()
             os.kill(newcomer.pid, signal.SIGKILL)
             killed.set()
             for server in servers:
-                await asyncio.to_thread(server.wait, timeout=seconds(2))
+                await asyncio.to_thread(server.process.wait, timeout=seconds(2))
     after = [answer for asked, answer in done if asked > died + 0.5]
     assert after
     for answer in after:
@@ -126,8 +126,8 @@ async def answered(done: list[tuple[float, Completion]], worker: Member) -> bool
     return any(answer.explain.worker == worker.worker_id for _, answer in done)
 
 
-async def working(worker: Member) -> bool:
-    return await busy_slots(worker.pid) > 0
+async def working(server: Llama) -> bool:
+    return await server.busy() > 0
 
 
 async def test_an_answer_in_progress_goes_on_from_another_worker(
@@ -240,12 +240,12 @@ async def test_a_killed_llama_is_withdrawn_restarted_and_serves_again(
         (server,) = llama_of(newcomer.pid)
         watching = asyncio.create_task(watch(own, other))
         died = time.monotonic()
-        server.kill()
+        server.process.kill()
         async with asyncio.timeout(seconds(5)):
             await absent.wait()
 
         async def serving() -> bool:
-            fresh = [one for one in llama_of(newcomer.pid) if one.pid != server.pid]
+            fresh = [one for one in llama_of(newcomer.pid) if one.process.pid != server.process.pid]
             return bool(fresh) and bool(healths) and healths[-1] > 0 and await found()
 
         await until(serving, 5)
@@ -273,8 +273,8 @@ async def test_requests_during_the_restart_are_answered_by_others(
             asyncio.create_task(mesh.generate(f"{PROMPT} {number}", max_tokens=400, **GREEDY))
             for number in range(12)
         ]
-        await until(lambda: working(newcomer), 10, every=0)
-        server.kill()
+        await until(lambda: working(server), 10, every=0)
+        server.process.kill()
         asked += [
             asyncio.create_task(mesh.generate(f"{PROMPT} {number}", max_tokens=8, **GREEDY))
             for number in range(12)
