@@ -88,7 +88,7 @@ async def churn(
 ) -> dict[str, Any]:
     """Nodes live for `life` seconds on average and are replaced; a share of them announces a model.
 
-    There is one model for every ten nodes that announce.
+    There is one model for every ten nodes that announce. Traffic is measured for a minute without lookups.
     """
     population = Population(world)
     await population.grow(nodes, seeds=0)
@@ -100,8 +100,10 @@ async def churn(
         announcer.begin(member, model)
     await asyncio.sleep(1.5 * ANNOUNCE_INTERVAL)
     traffic = Traffic(population)
+    per_node: dict[str, Any] = {}
     lookups = Lookups()
-    end = world.loop.time() + 60 * minutes
+    quiet = world.loop.time() + 60
+    end = quiet + 60 * minutes
     next_death = world.loop.time()
     while world.loop.time() < end:
         while next_death < world.loop.time():
@@ -114,6 +116,10 @@ async def churn(
             if model:
                 serves[born] = model
                 announcer.begin(born, model, spread=1.0)
+        if world.loop.time() < quiet:
+            await asyncio.sleep(1)
+            continue
+        per_node = per_node or traffic.per_node()
         models = list(serves.values())
         pairs = [(population.rng.choice(population.members), population.rng.choice(models)) for _ in range(5)]
         await asyncio.gather(
@@ -124,7 +130,6 @@ async def churn(
             )
         )
         await asyncio.sleep(0.1)
-    per_node = traffic.per_node()
     await announcer.end()
     await population.stop()
     return {"nodes": nodes, "announcing": announcing, **lookups.summary(), **per_node}

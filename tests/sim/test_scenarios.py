@@ -22,7 +22,7 @@ def test_a_walk_finds_the_nearest_nodes_in_few_hops() -> None:
 
 def test_lookups_succeed_under_churn_and_loss() -> None:
     world = World(2, loss=0.05)
-    result = world.run(scenarios.churn(world, 30, minutes=2, life=200))
+    result = world.run(scenarios.churn(world, 30, minutes=1.5, life=200))
     assert result["lookups"] >= 200
     assert result["success"] >= 0.99
     assert result["p99_s"] <= 4
