@@ -43,13 +43,14 @@ def responder(rekey_after: int) -> ConnectionState:
     )
 
 
+@settings(deadline=None)
 @given(META)
 def test_every_meta_survives_the_wire(meta: dict[str, object]) -> None:
     message = Open(1, "method", meta)
     assert list(decode(encode(message))) == [message]
 
 
-@settings(max_examples=60)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_any_cutting_of_the_bytes_gives_the_same_events(data: st.DataObject) -> None:
     rekey_after = data.draw(st.sampled_from([2, 3, 1000]))

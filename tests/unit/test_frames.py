@@ -155,6 +155,17 @@ def test_frames_are_cut_out_of_any_chunks() -> None:
         assert deframer.pending == 0
 
 
+def test_every_pair_of_cuts_gives_the_same_frames() -> None:
+    frames = [bytes([n]) * (17 + n) for n in range(3)]
+    stream = b"".join(map(prefix_length, frames))
+    for first in range(len(stream)):
+        for second in range(first, len(stream)):
+            deframer = Deframer()
+            parts = (stream[:first], stream[first:second], stream[second:])
+            assert [frame for part in parts for frame in deframer.feed(part)] == frames
+            assert deframer.pending == 0
+
+
 def test_what_does_not_fit_into_a_frame() -> None:
     with pytest.raises(FrameTooLarge):
         prefix_length(bytes(65_536))
