@@ -16,8 +16,17 @@ from client_sdk.client import MeshClient
 from client_sdk.conversation import Conversation
 from client_sdk.generate import TokenStream
 from client_sdk.raw import RawAnswer
-from client_sdk.sync import SyncMeshClient, SyncTokenStream
-from client_sdk.types import Attempt, Completion, Explanation, ModelInfo, Timeouts, Token, WorkerInfo
+from client_sdk.sync import SyncConversation, SyncMeshClient, SyncRawAnswer, SyncTokenStream
+from client_sdk.types import (
+    Attempt,
+    Completion,
+    Explanation,
+    ModelInfo,
+    RouteEvent,
+    Timeouts,
+    Token,
+    WorkerInfo,
+)
 
 __all__ = [
     "Attempt",
@@ -27,7 +36,10 @@ __all__ = [
     "MeshClient",
     "ModelInfo",
     "RawAnswer",
+    "RouteEvent",
+    "SyncConversation",
     "SyncMeshClient",
+    "SyncRawAnswer",
     "SyncTokenStream",
     "Timeouts",
     "Token",

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Protocol, TypeVar
 
-from client_sdk.call import Asked, Call, Request, start_hedged
+from client_sdk.call import Asked, Call, Request, TimeIsUp, start_hedged
 from client_sdk.dispatch import Dispatcher
 from client_sdk.failover import ReplayDiverged, Way
-from client_sdk.types import Attempt, Explanation
+from client_sdk.types import Attempt, Explanation, RouteEvent
 from mesh.errors import (
     AllWorkersFailed,
+    ConnectionClosed,
     DeadlineExceeded,
     NoWorkers,
     Overloaded,
@@ -28,7 +30,9 @@ MAX_ATTEMPTS = 8
 """Workers asked for one answer, those that were only overloaded not counted."""
 PATIENCE = 30.0
 """Seconds to wait for a place while every worker is overloaded, where the request has no deadline."""
+SHORTEST_NAP = 0.05
 LONGEST_NAP = 2.0
+"""Between two rounds of asking while every worker is overloaded; what they say is heeded in between."""
 
 
 class Resumable(Protocol):
@@ -66,8 +70,11 @@ class Attempts:
         self._journal = journal
         self._explain = explain
         self._began = time.monotonic()
+        total = dispatcher.timeouts.total
+        self._until = math.inf if total is None else self._began + total
         self._failed: list[tuple[str, BaseException]] = []
-        self._exclude: set[bytes] = set()
+        self._exclude: frozenset[bytes] = frozenset()
+        self._naps = 0
         self._wrote = 0.0
         """Seconds from the first to the last piece that was delivered."""
 
@@ -76,8 +83,8 @@ class Attempts:
     ) -> AsyncGenerator[T, None]:
         """Ask one worker after the other until the answer is whole; `relay` delivers what one sends.
 
-        Raises NoWorkers, Overloaded, AllWorkersFailed, StreamInterrupted, DeadlineExceeded, or the
-        RemoteError of a request that no worker would take.
+        Raises NoWorkers, Overloaded, AllWorkersFailed, StreamInterrupted, DeadlineExceeded, ConnectionClosed
+        (the client was closed), or the RemoteError of a request that no worker would take.
         """
         while not self._journal.complete:
             try:
@@ -93,53 +100,78 @@ class Attempts:
                 self._note(error)
             except (QMeshError, OSError) as error:
                 self._note(error)
-                self._check_time()
-                if not is_retryable(error) or self._explain.worker is None:
-                    raise  # the request's own fault, or nobody could be asked for workers
-                self._exclude.add(bytes.fromhex(self._explain.worker))
-            if sum(not isinstance(error, Overloaded) for _, error in self._failed) >= MAX_ATTEMPTS:
-                raise self._give_up()
-
-    def patience(self, limit: float | None) -> float | None:
-        """How long to wait now: `limit`, or what is left of the whole, if less. Raises DeadlineExceeded."""
-        left = self._check_time()
-        return left if limit is None else limit if left is None else min(limit, left)
+                self._check_time(error)
+                self._check(error)
+                if self._explain.worker is None:
+                    await self._wait_for_a_place(error)
+                else:
+                    retry = RouteEvent("retry", request.model, self._explain.worker, str(error))
+                    self._dispatcher.tell(retry)
 
     async def _attempt(
         self, request: Request, relay: Callable[[Call], AsyncGenerator[T, None]]
     ) -> AsyncGenerator[T, None]:
-        journal, timeouts = self._journal, self._dispatcher.timeouts
-        asked = Asked(
-            journal.next_body(self._wrote),
-            frozenset(self._exclude),
-            journal.digest,
-            self._check_time(),
-            self.patience(timeouts.first_token),
-            self._explain,
-        )
-        call = await start_hedged(self._dispatcher, request, asked)
+        journal, explain = self._journal, self._explain
+        asked = Asked(journal.next_body(self._wrote), self._exclude, journal.digest, self._until, explain)
+        splices = journal.started
+        explain.worker = None
+        try:
+            async with asyncio.timeout(None if self._until == math.inf else self._until - time.monotonic()):
+                call = await start_hedged(self._dispatcher, request, asked)
+        except TimeoutError:
+            raise TimeIsUp from None
+        finally:
+            self._exclude = asked.exclude
         async with call, aclosing(relay(call)) as pieces:
             async for piece in pieces:
                 since = time.monotonic() - self._began
-                if self._explain.first_token is None:
-                    self._explain.first_token = since
-                self._wrote = since - self._explain.first_token
+                if explain.first_token is None:
+                    explain.first_token = since
+                self._wrote = since - explain.first_token
                 journal.digest = call.lease.record.digest
+                if splices:
+                    splices = False
+                    explain.splices += 1
+                    self._dispatcher.tell(RouteEvent("splice", request.model, call.lease.id, journal.way))
                 yield piece
-        self._explain.attempts.append(Attempt(call.lease.id, journal.way))
+        explain.attempts.append(Attempt(call.lease.id, journal.way))
 
-    async def _wait_for_a_place(self, none: NoWorkers) -> None:
+    def _check_time(self, error: BaseException) -> None:
+        """Raises where the time is over or the client closed."""
+        if time.monotonic() >= self._until:
+            total = self._dispatcher.timeouts.total
+            raise DeadlineExceeded(f"the answer took longer than {total:g} s") from error
+        if self._dispatcher.closed:
+            raise ConnectionClosed("the client is closed") from error
+
+    def _check(self, error: QMeshError | OSError) -> None:
+        """Raises where nobody else is to be asked after this error."""
+        worker = self._explain.worker
+        if worker is None and len(self._failed) == 1 and not isinstance(error, Overloaded):
+            raise error  # nobody could even be asked for workers
+        if not is_retryable(error):
+            if self._journal.started:
+                raise self._journal.lost(str(error)) from error
+            raise error
+        if worker is not None:
+            self._exclude |= {bytes.fromhex(worker)}
+        if sum(not isinstance(error, Overloaded) for _, error in self._failed) >= MAX_ATTEMPTS:
+            raise self._give_up() from error
+
+    async def _wait_for_a_place(self, error: BaseException) -> None:
         """Every worker was asked: sleep where some were only overloaded, else give up."""
-        waits = [error.retry_after or 0.25 for _, error in self._failed if isinstance(error, Overloaded)]
+        waits = [one.retry_after or 0.0 for _, one in self._failed if isinstance(one, Overloaded)]
         if not waits or time.monotonic() - self._began > PATIENCE:
-            raise self._give_up() from none
-        nap = self.patience(min(*waits, LONGEST_NAP))
-        await asyncio.sleep(nap or 0)
-        self._exclude.clear()
+            raise self._give_up() from error
+        self._naps += 1
+        nap = max(waits[-1], SHORTEST_NAP * 1.5**self._naps) * self._dispatcher.rng.uniform(0.7, 1.0)
+        await asyncio.sleep(max(0.0, min(nap, LONGEST_NAP, self._until - time.monotonic())))
+        self._check_time(error)
+        self._exclude = frozenset()
 
     def _give_up(self) -> QMeshError:
         worker, last = self._failed[-1]
-        reason = f"worker {worker[:12]}: {last}"
+        reason = f"worker {worker[:12]}: {last}" if worker else str(last)
         if self._journal.started:
             return self._journal.lost(f"no other worker could go on ({reason})")
         if isinstance(last, Overloaded) and all(isinstance(error, Overloaded) for _, error in self._failed):
@@ -150,13 +182,3 @@ class Attempts:
         worker = self._explain.worker or ""
         self._failed.append((worker, error))
         self._explain.attempts.append(Attempt(worker, self._journal.way, str(error) or type(error).__name__))
-
-    def _check_time(self) -> float | None:
-        """Seconds left for the whole answer, None without a deadline. Raises DeadlineExceeded."""
-        total = self._dispatcher.timeouts.total
-        if total is None:
-            return None
-        left = self._began + total - time.monotonic()
-        if left <= 0:
-            raise DeadlineExceeded(f"the answer took longer than {total:g} s")
-        return left

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -13,8 +13,8 @@ from typing import Any, Self, TypeVar
 
 from client_sdk.dispatch import Dispatcher, Lease
 from client_sdk.selection import Need
-from client_sdk.types import Explanation
-from mesh.errors import DeadlineExceeded
+from client_sdk.types import Explanation, RouteEvent
+from mesh.errors import ConnectionClosed, DeadlineExceeded, QMeshError
 from mesh.transport import Stream
 
 T = TypeVar("T")
@@ -29,6 +29,12 @@ class Request:
     need: Need
     priority: int = 0
     trace: str | None = None
+    streaming: bool = True
+    """Whether the answer is wanted as it is written."""
+
+
+class TimeIsUp(QMeshError):
+    """The time for the whole answer is over; no worker is to blame for that."""
 
 
 @dataclass(slots=True)
@@ -40,10 +46,8 @@ class Asked:
     """Workers that are not to be asked (again)."""
     digest: bytes | None
     """The model file that the worker must have; None for any."""
-    left: float | None
-    """Seconds left for the whole answer; None without a deadline."""
-    first_token: float | None
-    """Seconds to wait for the first bytes."""
+    until: float
+    """When the whole answer has to be there, on the clock of `time.monotonic()`."""
     explain: Explanation = field(default_factory=Explanation)
 
 
@@ -52,8 +56,11 @@ class Call:
     worker, and an exception passing through tells the scoreboard of the worker's failure.
     """
 
-    def __init__(self, dispatcher: Dispatcher, lease: Lease, stream: Stream, stack: AsyncExitStack) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, lease: Lease, stream: Stream, until: float, stack: AsyncExitStack
+    ) -> None:
         self._dispatcher = dispatcher
+        self._until = until
         self._stack = stack
         self.lease = lease
         self.stream = stream
@@ -89,46 +96,52 @@ class Call:
                 "model": request.model,
                 "priority": request.priority,
             }
-            if asked.left is not None:
-                meta["deadline_ms"] = max(1, int(asked.left * 1000))
+            if asked.until != math.inf:
+                meta["deadline_ms"] = max(1, int((asked.until - time.monotonic()) * 1000))
             if request.trace is not None:
                 meta["trace"] = request.trace
             stream = await stack.enter_async_context(await lease.connection.open("infer", meta, asked.body))
-            call = cls(dispatcher, lease, stream, stack)
-            call.head = await call._while_alive(stream.head, asked.first_token)
-            call.first = await call._while_alive(stream.read, asked.first_token)
+            call = cls(dispatcher, lease, stream, asked.until, stack)
+            patience = dispatcher.timeouts.first_token
+            call.head = await call._while_alive(stream.head, patience)
+            call.first = await call._while_alive(stream.read, patience)
             call.first_token = time.monotonic() - call.sent
+            dispatcher.board.spoke(lease.record.node_id)
             call._stack = stack.pop_all()
             return call
 
-    async def chunks(self, patience: Callable[[], float | None]) -> AsyncGenerator[bytes, None]:
-        """The body as it comes. `patience` says how many seconds the next silence may last.
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
+        """The body as it comes.
 
         A worker's node that says nothing for a while is pinged, so that a dead machine is told from
-        a slow model. Raises DeadlineExceeded, and whatever goes wrong with the worker.
+        a slow model. Raises TimeIsUp, DeadlineExceeded, and whatever goes wrong with the worker.
         """
         data = self.first
         while data is not None:
             yield data
-            data = await self._while_alive(self.stream.read, patience())
+            data = await self._while_alive(self.stream.read, self._dispatcher.timeouts.between_tokens)
 
     async def read_all(self, limit: int) -> bytes:
         """The whole body, cut off after `limit` bytes."""
         body = b""
-        async with aclosing(self.chunks(lambda: self._dispatcher.timeouts.first_token)) as chunks:
+        async with aclosing(self.chunks()) as chunks:
             async for data in chunks:
                 body += data
                 if len(body) >= limit:
                     break
         return body[:limit]
 
+    @property
+    def streams(self) -> bool:
+        """Whether it comes as it is written, so that its beginning tells the time to the first token."""
+        return str(self.head.get("content_type")).startswith("text/event-stream")
+
     def succeeded(self, timings: Mapping[str, Any]) -> None:
         """The answer is whole: learn from it. `timings` are the server's own, where it gave some."""
         now = time.monotonic()
         board, worker = self._dispatcher.board, self.lease.record.node_id
-        board.succeeded(
-            worker, now, first_token=self.first_token, speed=_positive(timings, "predicted_per_second")
-        )
+        speed = _positive(timings, "predicted_per_second")
+        board.succeeded(worker, now, first_token=self.first_token if self.streams else None, speed=speed)
         prompt_speed = _positive(timings, "prompt_per_second")
         if prompt_speed is not None and timings.get("prompt_n", 0) >= 16:
             board[worker].prompt_speed.add(prompt_speed, now)
@@ -137,74 +150,97 @@ class Call:
     async def _while_alive(self, wait: Callable[[float], Awaitable[T]], patience: float | None) -> T:
         silence = self._dispatcher.timeouts.silence
         limit = math.inf if patience is None else time.monotonic() + patience
-        while (left := limit - time.monotonic()) > 0:
+        while True:
+            now = time.monotonic()
+            if now >= self._until:
+                raise TimeIsUp
+            if now >= limit:
+                raise DeadlineExceeded(f"the worker sent nothing for {patience:g} s")
             try:
-                return await wait(min(left, silence))
+                return await wait(min(limit - now, self._until - now, silence))
             except DeadlineExceeded:
-                await self.stream.connection.ping(timeout=silence)
+                await self._dispatcher.pool.verify(self.stream.connection, silence)
                 self._dispatcher.learn_load(self.stream.connection)
-        raise DeadlineExceeded(f"the worker sent nothing for {patience:g} s")
 
 
 async def start_hedged(dispatcher: Dispatcher, request: Request, asked: Asked) -> Call:
     """As `Call.start`; where the first token is late and the budget allows, a second worker is asked
-    too. The first to speak is returned, the other one is cancelled at its worker.
+    too. The first to speak is returned, the other one is cancelled at its worker. Where both fail, both
+    are in `asked.exclude` afterwards.
     """
-    hedging = dispatcher.hedging(request.model)
+    hedging = dispatcher.hedging((request.model, request.path, request.streaming))
     began = time.monotonic()
     hedging.requested()
-    delay = hedging.delay()
     first = dispatcher.spawn(Call.start(dispatcher, request, asked), "call")
     running: dict[asyncio.Task[Call], Asked] = {first: asked}
+    winner: asyncio.Task[Call] | None = None
     try:
-        done, _ = await asyncio.wait(running, timeout=delay)
-        if not done and asked.explain.worker is not None and hedging.take():
-            other = Asked(
-                asked.body,
-                asked.exclude | {bytes.fromhex(asked.explain.worker)},
-                asked.digest,
-                asked.left,
-                asked.first_token,
-            )
+        await asyncio.wait(running, timeout=hedging.delay())
+        late = asked.explain.worker
+        if not first.done() and late is not None and hedging.take():
+            waited = f"no answer after {time.monotonic() - began:.3f} s"
+            dispatcher.tell(RouteEvent("hedge", request.model, late, waited))
+            other = Asked(asked.body, asked.exclude | {bytes.fromhex(late)}, asked.digest, asked.until)
             running[dispatcher.spawn(Call.start(dispatcher, request, other), "hedge")] = other
         winner = await _first_success(running)
-    except BaseException:
-        await _cancel(running)
-        raise
-    call = winner.result()
-    told = running.pop(winner).explain
-    await _cancel(running)
+        if winner is None:
+            asked.exclude |= {
+                bytes.fromhex(one.explain.worker) for one in running.values() if one.explain.worker
+            }
+            raise _error(first)
+    finally:
+        await _end(running, winner)
+    call, told = winner.result(), running[winner].explain
     if told is not asked.explain:
-        slower = bytes.fromhex(asked.explain.worker or "")
-        dispatcher.board.late(slower, time.monotonic(), time.monotonic() - began)
+        if call.streams:
+            slower = bytes.fromhex(asked.explain.worker or "")
+            dispatcher.board.late(slower, time.monotonic(), time.monotonic() - began)
         asked.explain.adopt(told)
         asked.explain.hedged += 1
     hedging.answered(call.first_token)
     return call
 
 
-async def _first_success(running: dict[asyncio.Task[Call], Asked]) -> asyncio.Task[Call]:
-    """The first task that succeeds. Raises the first request's error where none does."""
+async def _first_success(running: Collection[asyncio.Task[Call]]) -> asyncio.Task[Call] | None:
+    """The first task that succeeds, None where none does."""
     pending = set(running)
     while pending:
         done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            if task.exception() is None:
+            if not task.cancelled() and task.exception() is None:
                 return task
-    return_first = next(iter(running))
-    error = return_first.exception()
+    return None
+
+
+def _error(task: asyncio.Task[Call]) -> BaseException:
+    """Why a task did not succeed."""
+    if task.cancelled():  # by the dispatcher
+        return ConnectionClosed("the client is closed")
+    error = task.exception()
     assert error is not None
-    raise error
+    return error
 
 
-async def _cancel(running: dict[asyncio.Task[Call], Asked]) -> None:
-    """End what is still asked: its request is cancelled at the worker, also if it has just begun."""
-    for task in running:
+async def _end(running: Collection[asyncio.Task[Call]], winner: asyncio.Task[Call] | None) -> None:
+    """End all but the winner: their requests are cancelled at their workers, also those that have just
+    begun to be answered. An interruption ends the winner as well.
+    """
+    losers = [task for task in running if task is not winner]
+    for task in losers:
         task.cancel()
-    results = await asyncio.gather(*running, return_exceptions=True)
-    for result in results:
-        if isinstance(result, Call):
-            await result.__aexit__(None, None, None)
+    interruption: asyncio.CancelledError | None = None
+    while pending := [task for task in losers if not task.done()]:
+        try:
+            await asyncio.wait(pending)  # cancelled, they wait for nothing
+        except asyncio.CancelledError as error:
+            interruption = error
+    if interruption is not None and winner is not None:
+        losers.append(winner)
+    for task in losers:
+        if not task.cancelled() and task.exception() is None:
+            await task.result().__aexit__(None, None, None)
+    if interruption is not None:
+        raise interruption
 
 
 def _positive(timings: Mapping[str, Any], key: str) -> float | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -21,7 +21,7 @@ from client_sdk.passthrough import Passthrough
 from client_sdk.pool import Pool
 from client_sdk.raw import RawAnswer
 from client_sdk.selection import Need
-from client_sdk.types import Completion, Explanation, ModelInfo, Timeouts, WorkerInfo
+from client_sdk.types import Completion, Explanation, ModelInfo, RouteEvent, Timeouts, WorkerInfo
 from mesh.entry import parse_entry
 from mesh.errors import BadRequest, MalformedMessage
 from mesh.identity import Identity
@@ -40,7 +40,8 @@ class MeshClient:
 
     `join` is one entry node or several, each as `HOST:PORT`, `ID@HOST:PORT` or a join token. A token
     brings the network's name and secret along; otherwise `network` names it (default: the open one).
-    Without an `identity` the client makes one for itself.
+    Without an `identity` the client makes one for itself. `on_event` is called, in the client's own event
+    loop, for every retry, hedge and splice; it must not block or raise.
 
     Raises ConfigurationError for an entry that cannot be read. Nothing is connected before the first
     request. ::
@@ -57,6 +58,7 @@ class MeshClient:
         network: str | Network = OPEN_NETWORK,
         identity: Identity | None = None,
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
+        on_event: Callable[[RouteEvent], None] | None = None,
     ) -> None:
         self.timeouts = timeouts
         self.network, ways = _resolve([join] if isinstance(join, str) else list(join), network)
@@ -64,7 +66,7 @@ class MeshClient:
         self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect)
         self._directory = Directory(self._pool, ways, timeout=timeouts.find)
         self._rng = random.Random()  # noqa: S311 - nothing here is a secret
-        self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, self._rng)
+        self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, self._rng, on_event=on_event)
 
     async def __aenter__(self) -> Self:
         return self
@@ -171,7 +173,7 @@ class MeshClient:
         length = len(body) if isinstance(body, bytes) else len(repr(body))
         need = Need(length // CHARACTERS_PER_TOKEN + 1, max(1, limit), _prefix(content.get("messages")))
         journal = Passthrough(path, content, self._rng)
-        asked = Request(path, str(name), need, priority, trace)
+        asked = Request(path, str(name), need, priority, trace, journal.streaming)
         async with RawAnswer(self._dispatcher, journal, asked, Explanation()) as answer:
             yield answer
 

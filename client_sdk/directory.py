@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
@@ -129,7 +130,11 @@ class Directory:
                             pass
                         answer = stream.trailer or {}
             except (QMeshError, OSError, TimeoutError) as error:
-                self._pool.drop(connection.peer_id, connection)
+                if isinstance(error, TimeoutError):
+                    with contextlib.suppress(
+                        QMeshError
+                    ):  # where it is gone, the next question finds that out
+                        await self._pool.verify(connection, self._timeout)
                 failures.append(f"{format_address(*connection.remote_address[:2])}: {_reason(error)}")
                 continue
             if useful(answer):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Collection, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Hashable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from random import Random
@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 from client_sdk.directory import Directory
 from client_sdk.events import decode_object
-from client_sdk.hedging import Hedging
+from client_sdk.hedging import SHARE, Hedging
 from client_sdk.pool import Pool
 from client_sdk.scoreboard import Scoreboard
 from client_sdk.selection import Choice, Need, choose, expected
-from client_sdk.types import Explanation, Timeouts, WorkerInfo
+from client_sdk.types import Explanation, RouteEvent, Timeouts, WorkerInfo
 from mesh.address import format_address, usable_addresses
 from mesh.errors import (
     BackendFailed,
@@ -41,6 +41,10 @@ PROBES = 4
 PROBE_WAIT = 0.25
 """Seconds that the first request waits for the probes."""
 PROBE_AGE = 10.0
+MOST_KINDS = 256
+"""Kinds of requests whose first-token times are kept."""
+LONGEST_REFUSAL = 60.0
+"""Seconds for which a worker is believed to be full, whatever it says."""
 
 T = TypeVar("T")
 
@@ -61,18 +65,31 @@ class Lease:
 class Dispatcher:
     """Chooses workers for requests and keeps the scoreboard."""
 
-    def __init__(self, pool: Pool, directory: Directory, timeouts: Timeouts, rng: Random) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        directory: Directory,
+        timeouts: Timeouts,
+        rng: Random,
+        *,
+        on_event: Callable[[RouteEvent], None] | None = None,
+        hedge_share: float = SHARE,
+    ) -> None:
         self.pool = pool
         self.directory = directory
         self.timeouts = timeouts
         self.board = Scoreboard()
-        self._rng = rng
+        self.rng = rng
+        self.closed = False
+        self._on_event = on_event
+        self._hedge_share = hedge_share
         self._probed: dict[str, float] = {}
-        self._hedging: dict[str, Hedging] = {}
+        self._hedging: dict[Hashable, Hedging] = {}
         self._tasks = TaskOwner()
 
     async def close(self) -> None:
-        """Stop probing."""
+        """End what is being asked."""
+        self.closed = True
         await self._tasks.close()
 
     async def candidates(self, model: str, *, fresh: bool = False) -> list[WorkerRecord]:
@@ -107,13 +124,9 @@ class Dispatcher:
             connection = await self.pool.get(record.node_id, usable_addresses(record.addresses))
             explain.path = _path(connection)
             explain.rtt = connection.rtt
-            try:
-                yield Lease(record, connection)
-            except TransportError:
-                self.pool.drop(record.node_id, connection)
-                raise
+            yield Lease(record, connection)
         except Overloaded as error:
-            self.board.busy_until(record.node_id, time.monotonic() + min(5.0, error.retry_after or 0.25))
+            self.board.busy_until(record.node_id, time.monotonic() + _refusal(error))
             raise
         except (TransportError, ProtocolError, RemoteError, OSError) as error:
             if is_retryable(error):
@@ -122,9 +135,19 @@ class Dispatcher:
         finally:
             self.board.release(record.node_id)
 
-    def hedging(self, model: str) -> Hedging:
-        """The hedging policy of a model."""
-        return self._hedging.setdefault(model, Hedging())
+    def hedging(self, kind: Hashable) -> Hedging:
+        """The hedging policy for a kind of requests, which take about as long."""
+        policy = self._hedging.get(kind)
+        if policy is None:
+            if len(self._hedging) >= MOST_KINDS:
+                self._hedging.clear()
+            policy = self._hedging[kind] = Hedging(self._hedge_share)
+        return policy
+
+    def tell(self, event: RouteEvent) -> None:
+        """Tell the client's user."""
+        if self._on_event is not None:
+            self._on_event(event)
 
     def spawn(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         """A task that somebody awaits, and that ends with the client at the latest."""
@@ -165,14 +188,21 @@ class Dispatcher:
     async def _choose(
         self, model: str, need: Need, exclude: Collection[bytes], digest: bytes | None
     ) -> Choice:
-        for fresh in (False, True):
-            records = await self.candidates(model, fresh=fresh)
-            if digest is not None:
-                records = [record for record in records if record.digest == digest]
-            choice = choose(records, self.board, need, now=time.monotonic(), rng=self._rng, exclude=exclude)
+        # What is known; then asked anew; at last even those that failed lately.
+        for fresh, banned in ((False, False), (True, False), (False, True)):
+            records = [
+                record
+                for record in await self.candidates(model, fresh=fresh)
+                if record.node_id not in exclude and (digest is None or record.digest == digest)
+            ]
+            now = time.monotonic()
+            choice = choose(records, self.board, need, now=now, rng=self.rng, banned=banned)
             if choice is not None:
                 return choice
-        raise NoWorkers(f"every worker of {model!r} has been tried, is unwell or is banned for a while")
+        waits = [self.board.full_for(record.node_id, now) for record in records if record.health]
+        if any(waits):
+            raise Overloaded(f"every worker of {model!r} is busy", retry_after=min(filter(None, waits)))
+        raise NoWorkers(f"every worker of {model!r} has been tried or is unwell")
 
     def _tell(self, explain: Explanation, choice: Choice) -> None:
         explain.worker = choice.chosen.id.hex()
@@ -189,7 +219,7 @@ class Dispatcher:
         first = model not in self._probed
         self._probed[model] = now = time.monotonic()
         best = sorted(records, key=lambda record: expected(record, self.board, Need(), now).cost)
-        asked = [*best[: PROBES - 1], *self._rng.sample(best[PROBES - 1 :], min(1, len(best[PROBES - 1 :])))]
+        asked = [*best[: PROBES - 1], *self.rng.sample(best[PROBES - 1 :], min(1, len(best[PROBES - 1 :])))]
         probes = [self._tasks.spawn(self._ping(record), name="probe") for record in asked]
         if first:
             await asyncio.wait(probes, timeout=PROBE_WAIT)
@@ -203,6 +233,11 @@ class Dispatcher:
             return
         self.board[record.node_id].rtt.add(rtt, time.monotonic())
         self.learn_load(connection)
+
+
+def _refusal(error: Overloaded) -> float:
+    """Seconds for which the worker takes no requests."""
+    return min(LONGEST_REFUSAL, error.retry_after or 0.25)
 
 
 def queue_seconds(head: Mapping[str, Any]) -> float | None:

@@ -347,6 +347,9 @@ class ChatJournal(Journal):
         self._raw = ""
         """All delta fields in order of arrival: what a replay is compared with."""
         self._count = 0
+        """Tokens behind what was delivered: as the server counts them, else one for each delta."""
+        self._resent = 0
+        """Those of them that the current worker got as part of its prompt."""
 
     @property
     @override
@@ -361,7 +364,6 @@ class ChatJournal(Journal):
     @property
     @override
     def complete(self) -> bool:
-        # A delta is a token or more, so that many of them are at least that many tokens.
         limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
         if self.finish_reason is None and any(0 < limit <= self._count for limit in limits):
             self.finish_reason = "length"
@@ -380,7 +382,13 @@ class ChatJournal(Journal):
     @override
     def _first(self) -> dict[str, Any]:
         options = {**(self.body.get("stream_options") or {}), "include_usage": True}
-        return {**self.body, "messages": self._messages, "stream": True, "stream_options": options}
+        return {
+            "timings_per_token": True,  # a delta may be several tokens
+            **self.body,
+            "messages": self._messages,
+            "stream": True,
+            "stream_options": options,
+        }
 
     @override
     def _continuation(self) -> dict[str, Any]:
@@ -388,10 +396,15 @@ class ChatJournal(Journal):
         body["messages"] = [*self._messages, {"role": "assistant", "content": self.text}]
         body["add_generation_prompt"] = False
         body["continue_final_message"] = True
+        self._resent = self._count
         for key in LIMITS:
             if isinstance(body.get(key), int) and body[key] > 0:
                 body[key] = max(1, body[key] - self._count)
         return body
+
+    @override
+    def _reset_attempt(self) -> None:
+        self._resent = 0
 
     @override
     def _accept(self, event: Mapping[str, Any]) -> Delta | None:
@@ -407,6 +420,9 @@ class ChatJournal(Journal):
         choice = _mapping(choices[0])
         fields = _mapping(choice.get("delta"))
         delta = self._deliver({key: value for key, value in fields.items() if value and key != "role"})
+        if delta is not None:
+            written = _count(self.timings, "predicted_n") if event.get("timings") else 0
+            self._count = self._resent + written if written else self._count + 1
         if choice.get("finish_reason"):
             self._ended(str(choice["finish_reason"]))
         return delta
@@ -430,15 +446,14 @@ class ChatJournal(Journal):
                 delta = {"content": fresh}
         self._only_text &= set(delta) == {"content"}
         self._raw += _flat(delta)
-        self._count += 1
         self.text += content
         return Delta(content, message=delta)
 
     def _take_usage(self, usage: Mapping[str, Any]) -> None:
-        completion = _count(usage, "completion_tokens")
-        if self.way is Way.PREFILL:
-            completion = max(completion, self._count)
-        self.usage = {"prompt_tokens": _count(usage, "prompt_tokens"), "completion_tokens": completion}
+        self.usage = {
+            "prompt_tokens": max(0, _count(usage, "prompt_tokens") - self._resent),
+            "completion_tokens": _count(usage, "completion_tokens") + self._resent,
+        }
 
     @override
     def finish(self) -> Delta | None:

@@ -84,8 +84,8 @@ class TokenStream:
         if self.model is None:
             self.model = await self._dispatcher.directory.default_model()
         request = Request(self._journal.path, self.model, self._need, self._priority)
-        self._attempts = Attempts(self._dispatcher, self._journal, self.explain)
-        async with aclosing(self._attempts.run(request, self._relay)) as tokens:
+        attempts = Attempts(self._dispatcher, self._journal, self.explain)
+        async with aclosing(attempts.run(request, self._relay)) as tokens:
             async for token in tokens:
                 yield token
         # A worker lost between its last token and its end leaves what the stop strings held back.
@@ -102,7 +102,7 @@ class TokenStream:
             raise refusal(status if isinstance(status, int) else 0, await call.read_all(MAX_ERROR_BODY))
         self.explain.queue = queue_seconds(call.head)
         decoder = EventDecoder()
-        async with aclosing(call.chunks(self._patience)) as chunks:
+        async with aclosing(call.chunks()) as chunks:
             async for data in chunks:
                 for event in decoder.feed(data):
                     delta = journal.accept(event)
@@ -119,12 +119,7 @@ class TokenStream:
         self.explain.speed = journal.timings.get("predicted_per_second")
         call.succeeded(journal.timings)
 
-    def _patience(self) -> float | None:
-        return self._attempts.patience(self._dispatcher.timeouts.between_tokens)
-
     def _token(self, call: Call, delta: Delta, spliced: bool) -> Token:
-        if spliced:
-            self.explain.splices += 1
         if delta.message is not None:
             _merge(self._message, delta.message)
         return Token(delta.text, call.lease.id, delta.ids, delta.message, spliced)

@@ -19,13 +19,16 @@ MOST_SAVED = 4.0
 
 
 class Hedging:
-    """First-token times of one model, and the budget for asking twice."""
+    """First-token times of one kind of request, and the budget for asking twice: `share` of the requests,
+    never where that is 0.
+    """
 
-    __slots__ = ("_budget", "_delay", "_fresh", "_samples")
+    __slots__ = ("_budget", "_delay", "_fresh", "_samples", "_share")
 
-    def __init__(self) -> None:
+    def __init__(self, share: float = SHARE) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES)
-        self._budget = 1.0
+        self._share = share
+        self._budget = 1.0 if share else 0.0
         self._delay: float | None = None
         self._fresh = 0
 
@@ -35,7 +38,7 @@ class Hedging:
 
     def requested(self) -> None:
         """A request was sent: it earns its share of a hedge."""
-        self._budget = min(MOST_SAVED, self._budget + SHARE)
+        self._budget = min(MOST_SAVED, self._budget + self._share)
 
     def answered(self, first_token: float) -> None:
         """A first token came, this many seconds after the request was sent."""

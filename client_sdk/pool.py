@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from mesh.errors import ConnectFailed, ConnectionClosed, ErrorCode
+from mesh.errors import ConnectFailed, ConnectionClosed, DeadlineExceeded, ErrorCode
 from mesh.identity import Identity, NodeId
 from mesh.network import Network
 from mesh.tasks import TaskOwner
 from mesh.transport import Connection, connect_any
 
 Address = tuple[str, int]
+
+KEPT = 64
+"""Connections kept open although nothing runs on them."""
 
 
 class Pool:
@@ -22,16 +25,19 @@ class Pool:
         self.network = network
         self.connect_timeout = connect_timeout
         self._connections: dict[NodeId, Connection] = {}
+        """The one used last is the last one."""
+        self._leaving: set[Connection] = set()
+        """Connections that take no new requests but still have some."""
         self._tasks = TaskOwner()
         self._closed = False
 
     def __len__(self) -> int:
-        return sum(not connection.closed for connection in self._connections.values())
+        return sum(not one.closed for one in (*self._connections.values(), *self._leaving))
 
     def peek(self, peer: NodeId) -> Connection | None:
-        """The open connection to a peer, if there is one."""
+        """The connection to a peer, if there is one that takes requests."""
         connection = self._connections.get(peer)
-        return connection if connection is not None and not connection.closed else None
+        return connection if connection is not None and connection.accepts_streams else None
 
     async def get(self, peer: NodeId, addresses: Sequence[Address]) -> Connection:
         """A connection to the peer at one of its addresses.
@@ -41,6 +47,7 @@ class Pool:
         """
         connection = self.peek(peer)
         if connection is not None:
+            self._connections[peer] = self._connections.pop(peer)  # the last one used is the last one
             return connection
         if self._closed:
             raise ConnectionClosed("the client is closed")
@@ -59,17 +66,27 @@ class Pool:
             raise ConnectionClosed("the client is closed")
         return await self._tasks.shared(address, lambda: self._open([address], None))
 
-    def drop(self, peer: NodeId, connection: Connection) -> None:
-        """Do not give this connection to anybody again; its open streams go on."""
-        if self._connections.get(peer) is connection:
-            del self._connections[peer]
+    async def verify(self, connection: Connection, timeout: float) -> None:
+        """Make sure that a peer that keeps silent is there. Where it does not answer a ping, every request
+        on its connection fails at once.
+
+        Raises ConnectionClosed.
+        """
+        try:
+            await connection.ping(timeout)
+        except DeadlineExceeded as error:
+            connection.abort()
+            raise ConnectionClosed(
+                f"the node {connection.peer_id.hex()[:12]} does not answer any more"
+            ) from error
 
     async def close(self) -> None:
         """Close every connection. Idempotent."""
         self._closed = True
         await self._tasks.close()
-        connections = [*self._connections.values()]
+        connections = [*self._connections.values(), *self._leaving]
         self._connections.clear()
+        self._leaving.clear()
         await asyncio.gather(
             *(connection.close(ErrorCode.CANCELLED, "client closed") for connection in connections)
         )
@@ -89,5 +106,19 @@ class Pool:
         if known is not None:
             await connection.close(ErrorCode.CANCELLED, "already connected")
             return known
+        former = self._connections.pop(connection.peer_id, None)
+        if former is not None and not former.closed:
+            self._leaving.add(former)
+        self._tidy()
         self._connections[connection.peer_id] = connection
         return connection
+
+    def _tidy(self) -> None:
+        """Forget what is closed, and close what was not used for longest where there is much of it."""
+        self._leaving = {connection for connection in self._leaving if not connection.closed}
+        for peer in [peer for peer, connection in self._connections.items() if connection.closed]:
+            del self._connections[peer]
+        idle = [peer for peer, connection in self._connections.items() if not connection.open_streams]
+        for peer in idle[: max(0, len(idle) - KEPT)]:
+            unused = self._connections.pop(peer)
+            self._tasks.spawn(unused.close(ErrorCode.CANCELLED, "not used"), name="close")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from types import TracebackType
 from typing import Any, Self
@@ -59,7 +59,7 @@ class RawAnswer:
         if self._pieces is not None:
             await self._pieces.aclose()
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
+    async def __aiter__(self) -> AsyncGenerator[bytes, None]:
         if self._pieces is None:
             raise RuntimeError("use `async with` before reading an answer")
         if self._first:
@@ -80,10 +80,8 @@ class RawAnswer:
             self.status = status
             self.content_type = str(call.head.get("content_type") or "")
             journal.streaming &= self.content_type.startswith("text/event-stream")
-        else:
-            self.explain.splices += 1
         self.explain.queue = queue_seconds(call.head)
-        async with aclosing(call.chunks(self._patience)) as chunks:
+        async with aclosing(call.chunks()) as chunks:
             async for data in chunks:
                 if piece := journal.feed(data):
                     yield piece
@@ -93,6 +91,3 @@ class RawAnswer:
         timings = self.trailer.get("timings") or {}
         self.explain.speed = timings.get("predicted_per_second")
         call.succeeded(timings)
-
-    def _patience(self) -> float | None:
-        return self._attempts.patience(self._dispatcher.timeouts.between_tokens)

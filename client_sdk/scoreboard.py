@@ -61,6 +61,8 @@ class Score:
     failures: int = 0
     """Failures in a row."""
     banned_until: float = -math.inf
+    full_until: float = -math.inf
+    """It refuses requests until then."""
     probing: bool = False
     """One request is testing a worker whose ban has ended."""
 
@@ -99,10 +101,19 @@ class Scoreboard:
         score.in_flight -= 1
         score.probing = False
 
-    def available(self, worker: bytes, now: float) -> bool:
-        """Whether the worker may be asked: not banned, and not being probed after a ban."""
+    def available(self, worker: bytes, now: float, *, banned: bool = False) -> bool:
+        """Whether the worker may be asked: not full, and not banned or being probed after a ban, except
+        where even the `banned` may be.
+        """
         score = self._scores.get(worker)
-        return score is None or (now >= score.banned_until and not score.probing)
+        if score is None:
+            return True
+        return now >= score.full_until and (banned or (now >= score.banned_until and not score.probing))
+
+    def full_for(self, worker: bytes, now: float) -> float:
+        """Seconds for which the worker said that it takes no requests; 0 where it does."""
+        score = self._scores.get(worker)
+        return 0.0 if score is None else max(0.0, score.full_until - now)
 
     def report(self, worker: bytes, busy: int, queue: int, slots: int, now: float) -> None:
         """The worker told its load (PONG or END)."""
@@ -111,12 +122,17 @@ class Scoreboard:
         score.slots = slots
         score.reported_at = now
 
-    def succeeded(self, worker: bytes, now: float, *, first_token: float, speed: float | None) -> None:
-        """An answer came through: `first_token` in seconds, `speed` in tokens/s where it could be told."""
+    def spoke(self, worker: bytes) -> None:
+        """The worker began to answer: others need not wait for the end of that."""
+        self[worker].probing = False
+
+    def succeeded(self, worker: bytes, now: float, *, first_token: float | None, speed: float | None) -> None:
+        """An answer came through: `first_token` in seconds and `speed` in tokens/s where they could be told."""
         score = self[worker]
         score.failures = 0
         score.banned_until = -math.inf
-        score.first_token.add(first_token, now)
+        if first_token is not None:
+            score.first_token.add(first_token, now)
         if speed is not None:
             score.generation_speed.add(speed, now)
 
@@ -133,7 +149,7 @@ class Scoreboard:
     def busy_until(self, worker: bytes, until: float) -> None:
         """The worker is overloaded and named a time before which asking again is useless."""
         score = self[worker]
-        score.banned_until = max(score.banned_until, until)
+        score.full_until = max(score.full_until, until)
 
     def _evict(self) -> None:
         """Forget the idle worker that was heard of least recently."""

@@ -7,7 +7,8 @@ The expected time is what the answer would take if it were given to the worker n
 scaled up by poor health. Among workers that are nearly as good as the best, the better of two random
 ones is taken (the power of two choices, Mitzenmacher 2001), so that many clients with the same view do
 not herd. A conversation stays with the worker that holds its prefix in its cache: rendezvous hashing
-names that worker, and bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018) let it overflow to the next.
+names that worker, and bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018) let it overflow to the next, as
+it does where the worker is much slower than the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,10 @@ EXPLORE = 0.02
 """Share of requests given to any worker at random, so that old measurements are renewed."""
 LOAD_BOUND = 1.25
 """A conversation leaves its worker when that one's load is over this factor of the mean."""
+HOME_NEAR = 2.0
+HOME_SECONDS = 0.25
+"""And when it is expected to take longer than this factor of the best one's time and these seconds: a
+cached prefix does not make up for a slow worker."""
 DEFAULT_GENERATION_SPEED = 20.0
 DEFAULT_PROMPT_SPEED = 200.0
 DEFAULT_RTT = 0.05
@@ -121,14 +126,19 @@ def choose(
     now: float,
     rng: Random,
     exclude: Collection[bytes] = (),
+    banned: bool = False,
 ) -> Choice | None:
-    """The worker to ask next, or None where every one is excluded, unwell or banned."""
+    """The worker to ask next, or None where every one is excluded, unwell, full or banned. With `banned`
+    even those are asked that failed lately.
+    """
     usual = usual_speeds(records, board, now)
     candidates = sorted(
         (
             expected(record, board, need, now, usual)
             for record in records
-            if record.node_id not in exclude and record.health > 0 and board.available(record.node_id, now)
+            if record.node_id not in exclude
+            and record.health > 0
+            and board.available(record.node_id, now, banned=banned)
         ),
         key=lambda candidate: candidate.cost,
     )
@@ -156,10 +166,11 @@ def _pick(candidates: Sequence[Candidate], need: Need, rng: Random) -> tuple[Can
 
 
 def _home(candidates: Sequence[Candidate], prefix: bytes) -> Candidate | None:
-    """The first worker in rendezvous order whose load is within the bound."""
+    """The first worker in rendezvous order whose load and time are within their bounds."""
+    longest = HOME_NEAR * candidates[0].cost + HOME_SECONDS
     mean = sum(candidate.load for candidate in candidates) / len(candidates)
     ranked = sorted(candidates, key=lambda candidate: hashlib.blake2b(prefix + candidate.id).digest())
     for candidate in ranked:
-        if candidate.load <= max(LOAD_BOUND * mean, 0.75):
+        if candidate.load <= max(LOAD_BOUND * mean, 0.75) and candidate.cost <= longest:
             return candidate
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +49,22 @@ class Attempt:
     worker: str
     way: str
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RouteEvent:
+    """Something that happened to a request on its way, told as it happens.
+
+    ``retry``   the worker failed, and another one is asked
+    ``hedge``   the worker is late with its first token, and a second one is asked as well
+    ``splice``  this worker goes on with an answer that another one began
+    """
+
+    kind: Literal["retry", "hedge", "splice"]
+    model: str
+    worker: str
+    """Its id."""
+    detail: str
 
 
 @dataclass(slots=True)

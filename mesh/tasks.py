@@ -11,6 +11,8 @@ import logging
 from collections.abc import Callable, Coroutine, Hashable
 from typing import Any, TypeVar
 
+from mesh.errors import ConnectionClosed
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -57,13 +59,19 @@ class TaskOwner:
     async def shared(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         """The result of `work`, done once for all who ask for the same key while it runs.
 
-        One of them giving up takes nothing from the others.
+        One of them giving up takes nothing from the others. Raises ConnectionClosed where `close` ended it.
         """
         task = self._shared.get(key)
         if task is None:
             task = self._shared[key] = self.spawn(work(), name=f"shared {key}", awaited=True)
             task.add_done_callback(lambda _: self._shared.pop(key))
-        result: T = await asyncio.shield(task)
+        try:
+            result: T = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            caller = asyncio.current_task()
+            if caller is not None and caller.cancelling():
+                raise
+            raise ConnectionClosed("closed while this was under way") from None
         return result
 
     async def close(self) -> None:
