@@ -14,7 +14,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,13 @@ class Member:
 
     @property
     def address(self) -> str:
-        """Where its wire listens."""
-        return str(self.ready["address"])
+        """Where its wire listens; empty while it starts."""
+        return str(self.ready.get("address", ""))
 
     @property
     def worker_id(self) -> str:
-        """Its node id."""
-        return str(self.ready["worker_id"])
+        """Its node id; empty while it starts."""
+        return str(self.ready.get("worker_id", ""))
 
     def process(self) -> psutil.Process | None:
         """Its process, None once that is gone."""
@@ -174,14 +174,15 @@ class Cluster:
         self._children.append(child)
         member = Member(number, child.pid, psutil.Process(child.pid).create_time(), str(folder))
         self.members.append(member)
+        self._save()  # so that `down` finds it even if this process is killed now
         return member
 
-    async def _ended(self, members: Iterable[Member], timeout: float) -> bool:
+    async def _ended(self, members: Collection[Member], timeout: float) -> bool:
         until = time.monotonic() + timeout
+        pids = {member.pid for member in members}
         while True:
-            for child in self._children:
-                child.poll()  # reaps it
-            if not any(member.process() for member in members):
+            reaped = [child.poll() is not None for child in self._children if child.pid in pids]
+            if all(reaped) and not any(member.process() for member in members):
                 return True
             if time.monotonic() > until:
                 return False

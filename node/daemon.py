@@ -20,7 +20,7 @@ from ipaddress import ip_address
 from typing import Any
 
 from mesh.address import format_address
-from mesh.dht import Dht
+from mesh.dht import Dht, Role
 from mesh.errors import ConfigurationError
 from mesh.identity import Identity
 from mesh.keystore import EXIT_IDENTITY, load_identity
@@ -100,7 +100,6 @@ class Node:
             raise errors.exceptions[0] from None
         finally:
             folder.close()
-            self._emit({"event": "stopped"})
 
     async def _start(
         self, folder: DataFolder, group: asyncio.TaskGroup, background: list[asyncio.Task[None]]
@@ -123,7 +122,7 @@ class Node:
         await pool.__aenter__()
         for name, one in settings.items():
             state.models[name] = ServedModel(one, name, config, pool)
-        self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack")
+        self._dht = Dht(identity, network, state_path=folder.path / "peers.msgpack", role=Role.NEWCOMER)
         await self._dht.start("", 0, sock=udp)
         reachability = Reachability(identity, network, self._dht, tcp.getsockname()[1])
         self._inference = Inference(identity.id, config.peers, state.load)
@@ -147,6 +146,7 @@ class Node:
             policy=config.peers.policy(identity.id),
         )
         self._dht.join(seeds)
+        background.append(group.create_task(reachability.run(), name="reachability"))
         if config.gateway is not None:
             self._gateway = self._open_gateway(config.gateway, f"{worker_id}@{address}", identity, network)
             await self._gateway.start()
@@ -179,9 +179,8 @@ class Node:
             return
         self._announcer = Announcer(self._dht, state.describers)
         background.append(group.create_task(self._announcer.run(), name="announcer"))
-        background.append(group.create_task(self._watch(state), name="monitor"))
+        background.append(group.create_task(self._watch(state, tcp, reachability), name="monitor"))
         background.append(group.create_task(self._twin(self._dht), name="twin"))
-        background.append(group.create_task(reachability.run(), name="reachability"))
         with contextlib.suppress(TimeoutError):
             # Whoever waits for "ready" may look it up at once.
             await asyncio.wait_for(self._announcer.told.wait(), ANNOUNCE_PATIENCE)
@@ -256,7 +255,7 @@ class Node:
             return f"{model.name} cannot be started: {error}"
         return None
 
-    async def _watch(self, state: NodeState) -> None:
+    async def _watch(self, state: NodeState, sock: socket.socket, reachability: Reachability) -> None:
         """Look at the machine now and then, and tell the announcer when something may have changed."""
         assert self._announcer is not None
         loop = asyncio.get_running_loop()
@@ -264,6 +263,7 @@ class Node:
         while True:
             if loop.time() >= due:
                 await state.sample()
+                state.addresses = advertised(sock, self.config.advertise, reachability.outside)
                 due = loop.time() + INTERVAL
             self._changed.clear()
             self._announcer.changed()

@@ -84,12 +84,6 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
 
     try:
         yield
-    except (QMeshError, SidecarError) as error:
-        cause, fix, code = explain(error)
-        if as_json:
-            data({"event": "error", "error": cause, "fix": fix, "exit_code": int(code)})
-        progress(f"error: {cause}" + (f"\n  fix: {fix}" if fix else "") + f"\n  (exit code {int(code)})")
-        raise typer.Exit(int(code)) from None
     except typer.Exit:
         raise
     except KeyboardInterrupt:
@@ -98,7 +92,14 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
         # The reader of our output left, as `head` does.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(int(ExitCode.OK)) from None
-    except Exception as error:
+    except Exception as raised:
+        error = _single(raised)
+        if isinstance(error, QMeshError | SidecarError):
+            cause, fix, code = explain(error)
+            if as_json:
+                data({"event": "error", "error": cause, "fix": fix, "exit_code": int(code)})
+            progress(f"error: {cause}" + (f"\n  fix: {fix}" if fix else "") + f"\n  (exit code {int(code)})")
+            raise typer.Exit(int(code)) from None
         if os.environ.get("QMESH_DEBUG"):
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
@@ -107,6 +108,13 @@ def reporting(*, as_json: bool = False) -> Iterator[None]:
             "  fix: run it again with QMESH_DEBUG=1 and report what it prints\n  (exit code 1)"
         )
         raise typer.Exit(int(ExitCode.BUG)) from None
+
+
+def _single(error: BaseException) -> BaseException:
+    """What a group of one exception holds; any other exception itself."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
 
 
 def explain(error: BaseException) -> tuple[str, str, int]:

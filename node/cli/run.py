@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,7 +51,7 @@ def run(
     quiet: options.Quiet = False,
 ) -> None:
     """Run a node: serve a model to the mesh until Ctrl-C."""
-    with reporting(as_json=as_json):
+    with _last_word(as_json=as_json), reporting(as_json=as_json):
         from mesh.errors import ConfigurationError
         from node.config import Loaded
 
@@ -95,6 +96,17 @@ def _start(loaded: Any, *, as_json: bool, quiet: bool) -> None:
             await Node(loaded, show).run()
 
         runner.run(main())
+    progress("stopped", quiet=quiet or as_json)
+
+
+@contextmanager
+def _last_word(*, as_json: bool) -> Iterator[None]:
+    """However it ends, programs read the same last line."""
+    try:
+        yield
+    finally:
+        if as_json:
+            data({"event": "stopped"})
 
 
 def event_loop_factory() -> Any:
@@ -132,7 +144,5 @@ def describe(event: Mapping[str, Any]) -> list[str]:
             return [f"error: {event['error']}"]
         case "stopping":
             return ["stopping: no new requests, running answers may finish (Ctrl-C again to hurry) ..."]
-        case "stopped":
-            return ["stopped"]
         case _:
             return []

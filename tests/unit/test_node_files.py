@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -200,6 +201,7 @@ def test_what_a_node_publishes_is_there_while_it_runs(tmp_path: Path) -> None:
     assert running_node(tmp_path) is None
     folder.publish({"pid": os.getpid(), "address": "127.0.0.1:1"})
     assert running_node(tmp_path) == {"pid": os.getpid(), "address": "127.0.0.1:1"}
+    assert stat.S_IMODE((tmp_path / RUNTIME_FILE).stat().st_mode) == 0o600, "it may hold the secret of the mesh"
     folder.close()
     folder.close()
     assert running_node(tmp_path) is None
