@@ -15,7 +15,7 @@ from typing import Any, Self
 from sidecar.changes import Change, Changes
 from sidecar.client import SidecarClient
 from sidecar.config import SidecarConfig
-from sidecar.errors import NotFound, NotSupported, SidecarError, SidecarTimeout, SidecarUnresponsive
+from sidecar.errors import SidecarError, SidecarTimeout, SidecarUnresponsive
 from sidecar.probe import Info
 from sidecar.states import SERVING, State
 
@@ -144,6 +144,7 @@ class ExternalBackend:
         text = f"{self.config.name}: no answer from {self._client.base_url}: {error.message}"
         self.last_error = SidecarUnresponsive(text)
         if failures >= GIVE_UP_AFTER:
+            self.info = None  # another server may answer there next time
             self._set(State.FAILED)
         elif self._state is State.READY:
             self._set(State.DEGRADED)
@@ -151,7 +152,7 @@ class ExternalBackend:
     async def _introduce(self, models: list[dict[str, Any]] | None) -> Info:
         """What the server says of itself, as far as its kind says anything."""
         props: dict[str, Any] = {}
-        with contextlib.suppress(NotFound, NotSupported, SidecarError):
+        with contextlib.suppress(SidecarError):
             props = await self._client.props(timeout=TIMEOUT)
         if models is None:
             models = []
