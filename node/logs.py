@@ -79,7 +79,9 @@ def log_file(folder: Path, name: str) -> Iterator[None]:
     """
     path = folder / "logs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8")
+    handler = RotatingFileHandler(
+        path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8", errors="backslashreplace"
+    )
     handler.setFormatter(JsonFormatter())
     handler.setLevel(logging.INFO)
     root = logging.getLogger()

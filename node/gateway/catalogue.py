@@ -97,7 +97,10 @@ class Catalogue:
             models = await self.models()
         except QMeshError:
             models = {}
-        return next(iter(models), None) or next(iter(self._local()), None)
+        most = [model for model, workers in models.items() if workers == max(models.values())]
+        own = list(self._local())
+        # Of equals the node's own; with no model at all what this node is about to serve.
+        return next((model for model in own if model in most or not most), None) or next(iter(most), None)
 
     async def expects(self, model: str | None) -> bool:
         """Whether waiting for a worker of this model makes sense: it was here a while ago, this node is

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import schemathesis
 from hypothesis import HealthCheck, Phase, settings
 from schemathesis.specs.openapi.checks import negative_data_rejection, positive_data_acceptance
@@ -11,7 +13,7 @@ from tests.support import seconds
 
 EXAMPLES = 6
 """Per endpoint, wrong and right ones together."""
-NOT_OURS = [
+NOT_OURS: list[schemathesis.CheckFunction] = [
     negative_data_rejection,  # llama-server takes null for a field that is absent, and so do we
     positive_data_acceptance,  # whether a model embeds or reranks is the model's affair (501)
     schemathesis.checks.not_a_server_error,  # 501 and 503 are honest answers; see the assertion below
@@ -29,7 +31,7 @@ schema = schemathesis.openapi.from_dict(description())
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
-def test_made_up_requests(case: schemathesis.Case, url: str) -> None:
+def test_made_up_requests(case: schemathesis.Case[Any], url: str) -> None:
     if isinstance(case.body, dict):
         case.body.update(max_tokens=4, n_predict=4)
     response = case.call(base_url=url, timeout=seconds(20))
