@@ -30,10 +30,9 @@ def main(names: list[str]) -> int:
     failed = 0
     for name in names or known:
         print(f"\n== {name} ==", flush=True)
+        command = [sys.executable, "-m", f"benchmarks.{name}"]
         try:
-            failed += (
-                subprocess.run([sys.executable, "-m", f"benchmarks.{name}"], timeout=LIMIT).returncode != 0
-            )
+            failed += subprocess.run(command, check=False, timeout=LIMIT).returncode != 0
         except subprocess.TimeoutExpired:
             print(f"{name} took longer than {LIMIT} s", file=sys.stderr)
             failed += 1
