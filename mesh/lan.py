@@ -11,15 +11,14 @@ import contextlib
 import hashlib
 import logging
 import secrets
-import socket
 from collections.abc import Callable
 from ipaddress import ip_address
 
-import psutil
 from zeroconf import Error as ZeroconfError
 from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
+from mesh.interfaces import local_addresses
 from mesh.network import Network
 
 log = logging.getLogger(__name__)
@@ -30,8 +29,6 @@ _CLOSE_TIMEOUT = 3.0
 _MAX_WAITING = 256
 _CHECK_INTERVAL = 30.0
 _RETRY = 60.0
-_VIRTUAL = ("docker", "br-", "veth", "virbr", "cni", "flannel", "cali", "vmnet", "vboxnet", "lxc", "podman")
-"""Interfaces whose addresses are the same on many machines and reach no other of them."""
 
 Found = Callable[[list[tuple[str, int]]], None]
 
@@ -40,25 +37,6 @@ def network_tag(network: Network) -> str:
     """What tells the meshes on one LAN apart: 16 hex digits."""
     secret = network.derive(b"qmesh-lan") or b""
     return hashlib.blake2b(b"qmesh-lan" + network.prologue, digest_size=8, key=secret).hexdigest()
-
-
-def local_addresses() -> list[str]:
-    """The addresses at which other machines may reach this one; IPv4 first.
-
-    Without loopback, link-local addresses, interfaces that are down, and bridges of container engines.
-    """
-    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
-    hosts: list[str] = []
-    for name, addresses in psutil.net_if_addrs().items():
-        if name not in up or name.startswith(_VIRTUAL):
-            continue
-        for item in addresses:
-            if item.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
-            address = ip_address(item.address.partition("%")[0])
-            if not (address.is_loopback or address.is_link_local or address.is_unspecified):
-                hosts.append(str(address))
-    return sorted(dict.fromkeys(hosts), key=lambda host: ":" in host)
 
 
 class Lan:
@@ -89,7 +67,8 @@ class Lan:
                     await self._announce_and_search(zeroconf, hosts, host, port)
                 finally:
                     with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(zeroconf.async_close(), _CLOSE_TIMEOUT)
+                        async with asyncio.timeout(_CLOSE_TIMEOUT):
+                            await zeroconf.async_close()
             except (OSError, ZeroconfError) as error:
                 self.problem = f"mDNS is not possible here: {error}"
                 log.warning("%s", self.problem)
@@ -111,7 +90,8 @@ class Lan:
             await zeroconf.async_register_service(service)
             while True:
                 try:
-                    name = await asyncio.wait_for(self._changed.get(), _CHECK_INTERVAL)
+                    async with asyncio.timeout(_CHECK_INTERVAL):  # wait_for may lose a cancellation
+                        name = await self._changed.get()
                 except TimeoutError:
                     if _announced(host) != hosts:
                         return

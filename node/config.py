@@ -37,7 +37,7 @@ from sidecar.modes import Mode
 
 CONFIG_FILE = "qmesh.toml"
 ENV_PREFIX = "QMESH_"
-DEFAULT_LISTEN = f"0.0.0.0:{DEFAULT_PORT}"
+DEFAULT_LISTEN = f"[::]:{DEFAULT_PORT}"
 DEFAULT_GATEWAY = f"127.0.0.1:{DEFAULT_PORT + 1}"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "sidecar" / "assets" / "qmesh-demo.gguf"
 
@@ -154,7 +154,8 @@ class NodeConfig(_Strict):
     data_dir: Path = Field(default_factory=default_data_dir)
     """Everything the node writes is under this folder."""
     listen: str = DEFAULT_LISTEN
-    """`HOST:PORT` of the wire (TCP) and the DHT (UDP). The default port may move up if taken."""
+    """`HOST:PORT` of the wire (TCP) and the DHT (UDP); ``[::]`` is all addresses, IPv4 ones too. The
+    default port may move up if taken."""
     advertise: tuple[str, ...] = ()
     """`HOST:PORT` that peers should use, where it differs from what the node sees of itself."""
     join: tuple[str, ...] = ()

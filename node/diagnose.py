@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import shutil
-import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+import psutil
+
 from mesh.address import Address, format_address, parse_address
-from mesh.dht import Dht
-from mesh.errors import (
-    AuthenticationError,
-    ConfigurationError,
-    ProtocolError,
-    QMeshError,
-)
+from mesh.dht import probe
+from mesh.errors import AuthenticationError, ConfigurationError, ProtocolError, QMeshError
 from mesh.identity import Identity
 from mesh.keystore import load_identity
 from mesh.network import Network
 from mesh.transport import connect
 from node.config import DEFAULT_LISTEN, DEMO_MODEL
+from node.contacts import MOST_SKEW, skew
 from node.sockets import bind
 from sidecar.errors import SidecarError
 from sidecar.gguf import read_header
@@ -30,8 +29,6 @@ from sidecar.runtime import find_server
 
 TIMEOUT = 4.0
 PINGS = 4
-MOST_SKEW = 30.0
-"""Seconds of difference between clocks that records tolerate."""
 LEAST_DISK = 1 << 30
 
 
@@ -62,8 +59,9 @@ class Reach:
 
 async def reach(address: Address, identity: Identity, network: Network) -> Reach:
     """Try a node over TCP (the wire) and UDP (the DHT). Never raises for what is wrong out there."""
-    peer, rtt, skew, tcp_problem, denied = await _reach_tcp(address, identity, network)
-    udp, udp_problem, clock = await _reach_udp(address, network)
+    (peer, rtt, lead, tcp_problem, denied), (udp, udp_problem, clock) = await asyncio.gather(
+        _reach_tcp(address, identity, network), _reach_udp(address, network)
+    )
     return Reach(
         format_address(*address),
         peer,
@@ -71,7 +69,7 @@ async def reach(address: Address, identity: Identity, network: Network) -> Reach
         tcp_problem,
         udp,
         udp_problem,
-        skew if skew is not None else clock,
+        lead if lead is not None else clock,
         denied,
     )
 
@@ -95,21 +93,11 @@ async def _reach_tcp(
 
 
 async def _reach_udp(address: Address, network: Network) -> tuple[float | None, str | None, float | None]:
-    dht = Dht(None, network)
     try:
-        host = await _numeric(address[0])
-        await dht.start("::" if ":" in host else "0.0.0.0", 0)
-        pong = await dht.ping(host, address[1], TIMEOUT)
+        pong = await probe(*address, network, TIMEOUT)
     except (QMeshError, OSError) as error:
         return None, str(error), None
-    finally:
-        await dht.stop()
     return pong.rtt, None, pong.clock_offset
-
-
-async def _numeric(host: str) -> str:
-    found = await asyncio.get_running_loop().getaddrinfo(host, None, type=socket.SOCK_DGRAM)
-    return str(found[0][4][0])
 
 
 def judge(found: Reach) -> list[Check]:
@@ -162,12 +150,11 @@ def judge(found: Reach) -> list[Check]:
             Check(name, True, f"TCP {found.tcp * 1000:.1f} ms, UDP {found.udp * 1000:.1f} ms, {found.peer}")
         )
     if found.skew is not None and abs(found.skew) > MOST_SKEW:
-        ahead = "ahead of" if found.skew > 0 else "behind"
         checks.append(
             Check(
                 f"clock of {found.address}",
                 False,
-                f"its clock is {abs(found.skew):.0f} s {ahead} this machine's: records look expired or forged",
+                f"its clock is {skew(found.skew)} this machine's: records look expired or forged",
                 "Set the clocks of both machines (turn on NTP).",
             )
         )
@@ -223,9 +210,19 @@ def _port(listen: str | None) -> Check:
         for sock in bind(where, or_next=False):
             sock.close()
     except ConfigurationError as error:
+        holder = _holder(parse_address(where)[1])
         fix = "Stop that program, or leave --listen out: `run` then takes the next free port."
-        return Check("port", False, error.cause, fix)
+        return Check("port", False, f"{error.cause}{f': {holder}' if holder else ''}", fix)
     return Check("port", True, f"{where} is free for TCP and UDP")
+
+
+def _holder(port: int) -> str | None:
+    """The program that holds a port, where the system tells."""
+    with suppress(psutil.Error):
+        for one in psutil.net_connections("inet"):
+            if one.laddr and one.laddr.port == port and one.pid and not one.raddr:
+                return f"{psutil.Process(one.pid).name()} (pid {one.pid})"
+    return None
 
 
 async def check_targets(targets: Iterable[Address], identity: Identity, network: Network) -> list[Check]:
@@ -234,22 +231,63 @@ async def check_targets(targets: Iterable[Address], identity: Identity, network:
     return [check for one in found for check in judge(one)]
 
 
-def check_peers(status: dict[str, Any]) -> list[Check]:
-    """What the running node knows of its peers."""
-    contacts = status.get("contacts") or {"peers": [], "unreached": {}}
-    if contacts["peers"]:
-        count = len(contacts["peers"])
+def check_running(status: dict[str, Any]) -> list[Check]:
+    """What the running node knows of its peers, and they of it."""
+    peers = (status.get("contacts") or {"peers": []})["peers"]
+    if not peers:
         return [
             Check(
-                "peers", True, f"{count} known, the last heard {contacts['peers'][0]['last_seen']:.0f} s ago"
+                "peers",
+                False,
+                "the node here knows nobody",
+                "Join another node: `qmesh-node run --join HOST:9470`; on one LAN, check that multicast "
+                "(UDP port 5353) is not blocked.",
+            )
+        ]
+    heard = peers[0]["last_seen"]
+    checks = [Check("peers", True, f"{len(peers)} known, the last heard {heard:.0f} s ago")]
+    return checks + _clocks(peers) + _reachable(status["reachability"])
+
+
+def _clocks(peers: list[dict[str, Any]]) -> list[Check]:
+    """Whose clock is wrong: that of the minority."""
+    off = [peer for peer in peers if abs(peer["clock"]) > MOST_SKEW]
+    fix = "Set the clock (turn on NTP): records of the others look expired or forged."
+    if len(off) >= 2 and 2 * len(off) > len(peers):
+        lead = -median(peer["clock"] for peer in off)
+        return [
+            Check(
+                "clock",
+                False,
+                f"this machine's clock is {skew(lead)} those of {len(off)} of {len(peers)} peers",
+                fix,
             )
         ]
     return [
-        Check(
-            "peers",
-            False,
-            "the node here knows nobody",
-            "Join another node: `qmesh-node run --join HOST:9470`; on one LAN, check that multicast (UDP port 5353) "
-            "is not blocked.",
-        )
+        Check(f"clock of {peer['address']}", False, f"it is {skew(peer['clock'])} this machine's", fix)
+        for peer in off
     ]
+
+
+def _reachable(found: dict[str, Any]) -> list[Check]:
+    if found["reachable"] is None:
+        return []
+    if found["reachable"]:
+        return [Check("reachable", True, f"peers can dial back; they see {found['seen']}")]
+    return [Check("reachable", False, *unreachable(found))]
+
+
+def unreachable(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Why peers cannot dial back, and what to do."""
+    closed = sorted({kind.upper() for one in found["reports"] for kind in ("tcp", "udp") if one[kind]})
+    ways = " and ".join(closed)
+    if found["behind_nat"]:
+        return (
+            f"peers cannot dial back over {ways}: this machine is behind a router, they see {found['seen']}",
+            "Forward the node's port (TCP and UDP) in the router to this machine. Until then it uses the "
+            "mesh, but is of no use to those outside.",
+        )
+    return (
+        f"peers cannot dial back over {ways}: a firewall drops it",
+        f"Open the node's port for {ways} in the firewall of this machine.",
+    )

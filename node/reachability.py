@@ -1,7 +1,7 @@
 """Whether other machines can reach this node: peers are asked to dial back.
 
 A node that nobody reaches stays a client of the DHT: it asks, but holds nothing for others, since what
-it held could not be found (docs/discovery.md).
+it held could not be found. Until the first answer it is a newcomer, which nobody is told of.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mesh.address import format_address
-from mesh.dht import Dht
+from mesh.address import format_address, parse_address
+from mesh.dht import Dht, PeerInfo, Role, probe
+from mesh.dht.addresses import scope, subnet
 from mesh.errors import BadRequest, Overloaded, QMeshError
 from mesh.identity import Identity
+from mesh.interfaces import local_addresses
 from mesh.network import Network
 from mesh.transport import Stream, connect
 
@@ -25,7 +27,9 @@ ASKED = 3
 """Peers asked at once."""
 TIMEOUT = 4.0
 EVERY = 600.0
-EVERY_WHILE_UNKNOWN = 20.0
+WHILE_UNREACHABLE = 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
+"""Between attempts while nobody could be asked yet; doubled each time."""
 MOST_DIALS = 8
 """Dials back for others at the same time."""
 
@@ -45,23 +49,39 @@ class Reachability:
 
     async def run(self) -> None:
         """Check now and then, until cancelled."""
+        pause = FIRST_PAUSE
         while True:
             await self.check()
-            await asyncio.sleep(EVERY_WHILE_UNKNOWN if self.reachable is None else EVERY)
+            if self.reachable is None:
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE)
+            else:
+                await asyncio.sleep(EVERY if self.reachable else WHILE_UNREACHABLE)
 
     async def check(self) -> None:
         """Ask a few peers, and draw the conclusion."""
-        peers = self._dht.peers
-        asked = random.sample(peers, min(ASKED, len(peers)))
+        asked = choose(self._dht.peers, ASKED)
         answers = await asyncio.gather(*(self._ask(peer.host, peer.port) for peer in asked))
         reports = [report for report in answers if report is not None]
         if not reports:
             return
         self.reports = reports
-        self.reachable = any(report.get("tcp") is None and report.get("udp") is None for report in reports)
-        if self._dht.client == self.reachable:
-            log.info("peers %s reach this node", "can" if self.reachable else "cannot")
-            self._dht.client = not self.reachable
+        self.reachable = any(_came_through(report) for report in reports)
+        role = Role.HOLDER if self.reachable else Role.CLIENT
+        if self._dht.role is not role:
+            log.info(
+                "peers %s reach this node: it is a %s", "can" if self.reachable else "cannot", role.value
+            )
+            self._dht.role = role
+
+    @property
+    def outside(self) -> str | None:
+        """The host, none of this machine's own, at which peers both see and reach this node."""
+        seen = self._dht.seen_address
+        if seen is None or scope(seen[0]) == 0 or seen[0] in local_addresses():
+            return None
+        through = {_host(report["seen"]) for report in self.reports if _came_through(report)}
+        return seen[0] if seen[0] in through else None
 
     async def answer(self, stream: Stream) -> None:
         """Dial back to the caller, at the address it called from and the port that it names: nobody can
@@ -81,12 +101,14 @@ class Reachability:
             self._dialling.discard(stream.peer_id)
 
     def describe(self) -> Mapping[str, Any]:
-        """For `netcheck`."""
+        """For `netcheck`. `behind_nat`: peers see an address that is none of this machine's own."""
         seen = self._dht.seen_address
+        foreign = seen is not None and scope(seen[0]) > 0 and seen[0] not in local_addresses()
         return {
             "reachable": self.reachable,
             "seen": format_address(*seen) if seen else None,
-            "holder": not self._dht.client,
+            "behind_nat": foreign,
+            "role": self._dht.role.value,
             "reports": self.reports,
         }
 
@@ -128,7 +150,34 @@ class Reachability:
 
     async def _dial_udp(self, host: str, port: int) -> str | None:
         try:
-            await self._dht.ping(host, port, TIMEOUT)
+            await probe(host, port, self._network, TIMEOUT)
         except (QMeshError, OSError) as error:
             return str(error)[:200]
+        return None
+
+
+def choose(peers: Sequence[PeerInfo], count: int) -> list[PeerInfo]:
+    """Whom to ask: the farthest away, each in another subnet where possible; chance decides the rest.
+
+    Whoever shares our LAN reaches us also where nobody else does.
+    """
+    mixed = random.sample(peers, len(peers))
+    asked_there: dict[bytes, int] = {}
+
+    def order(peer: PeerInfo) -> tuple[int, int]:
+        group = subnet(peer.host)
+        asked_there[group] = asked_there.get(group, 0) + 1
+        return -scope(peer.host), asked_there[group]
+
+    return sorted(mixed, key=order)[:count]
+
+
+def _came_through(report: Mapping[str, Any]) -> bool:
+    return report.get("tcp") is None and report.get("udp") is None
+
+
+def _host(seen: object) -> str | None:
+    try:
+        return parse_address(str(seen))[0]
+    except ValueError:
         return None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mesh.address import format_address
 from mesh.dht import Dht
 from mesh.errors import BackendFailed, BadRequest, ModelNotFound, Unauthorized
 from mesh.identity import NodeId
 from mesh.transport import Stream
+from node.contacts import contacts
 from node.inference import Inference
 from node.reachability import Reachability
 from node.served import ServedModel
@@ -89,21 +89,3 @@ class Service:
         if model is None:
             raise ModelNotFound(f"this worker does not serve {str(name)[:80]!r}")
         return model
-
-
-def contacts(dht: Dht) -> dict[str, Any]:
-    """The peers that a node knows, and the addresses that it was told of but cannot reach."""
-    return {
-        "peers": [
-            {
-                "id": peer.id.hex(),
-                "address": format_address(peer.host, peer.port),
-                "found": peer.found,
-                "last_seen": round(peer.last_seen, 1),
-                "rtt": peer.rtt,
-                "failures": peer.failures,
-            }
-            for peer in dht.peers
-        ],
-        "unreached": {format_address(*address): reason for address, reason in dht.unreached.items()},
-    }

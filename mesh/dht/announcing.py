@@ -14,6 +14,7 @@ from mesh.dht.crawl import Answer
 from mesh.dht.environment import Environment
 from mesh.dht.lookups import Lookups
 from mesh.dht.protocol import MeshProtocol
+from mesh.dht.rpc import Role
 from mesh.dht.shards import MERGE_AT, Depth, depth_flags, sibling
 from mesh.dht.store import Outcome
 from mesh.identity import Identity
@@ -148,7 +149,7 @@ class Announcing:
         return published.replicas
 
     async def _publish(self, key: bytes, blob: bytes) -> Published:
-        if not self._protocol.client:
+        if self._protocol.role is not Role.CLIENT:
             self._protocol.storage.put(key, blob, None, self._wall())
         holders = await self._lookups.nearest(key)
         replies = await self._lookups.ask_all(holders, "store", [key, blob])

@@ -19,7 +19,7 @@ from mesh.dht.environment import Environment
 from mesh.dht.lookups import Lookups
 from mesh.dht.membership import Membership
 from mesh.dht.protocol import Duplicate, MeshProtocol
-from mesh.dht.rpc import Traffic
+from mesh.dht.rpc import Role, Traffic
 from mesh.dht.store import RecordStore
 from mesh.dht.table import Table
 from mesh.errors import ConfigurationError, DeadlineExceeded
@@ -78,7 +78,7 @@ class _Parts:
 class Dht:
     """One node of the mesh's DHT.
 
-    `client` asks without entering anyone's table and holds nothing; it may change at any time.
+    `role` may change at any time; without an identity a node is a client.
     `state_path` keeps the contacts over restarts. `limit_private` extends the limits per subnet to
     loopback and private addresses. `wall` (unix seconds) and `rng` are for simulations.
     """
@@ -89,7 +89,7 @@ class Dht:
         network: Network,
         *,
         state_path: Path | None = None,
-        client: bool = False,
+        role: Role = Role.HOLDER,
         limit_private: bool = False,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
@@ -97,7 +97,7 @@ class Dht:
         self._identity = identity
         self._network = network
         self._state_path = state_path
-        self._client = client or identity is None
+        self._role = Role.CLIENT if identity is None else role
         self._limit_private = limit_private
         self._wall = wall
         self._rng = rng or random.SystemRandom()
@@ -131,7 +131,7 @@ class Dht:
             RecordStore(limit_private=self._limit_private),
             Table(dht_id(identity.id), limit_private=self._limit_private),
             environment,
-            client=self._client,
+            role=self._role,
         )
         membership = Membership(protocol, self._state_path, environment)
         lookups = Lookups(
@@ -191,15 +191,15 @@ class Dht:
         return self._address
 
     @property
-    def client(self) -> bool:
-        """Whether this node only asks."""
-        return self._client
+    def role(self) -> Role:
+        """What this node is to the others."""
+        return self._role
 
-    @client.setter
-    def client(self, value: bool) -> None:
-        self._client = value or self._identity is None
+    @role.setter
+    def role(self, role: Role) -> None:
+        self._role = Role.CLIENT if self._identity is None else role
         if self._running is not None:
-            self._running.protocol.client = self._client
+            self._running.protocol.role = self._role
 
     @property
     def peers(self) -> list[PeerInfo]:

@@ -18,7 +18,7 @@ from mesh.dht.addresses import (
     unpack_address,
 )
 from mesh.dht.datagrams import OVERHEAD
-from mesh.dht.rpc import Recent, Reply, Request, RpcProtocol
+from mesh.dht.rpc import Recent, Reply, Request, Role, RpcProtocol
 from mesh.dht.store import Outcome
 from mesh.dht.table import Contact
 from mesh.errors import MalformedMessage
@@ -205,7 +205,7 @@ class MeshProtocol(RpcProtocol):
         contact = self._proven(ping, reply)
         if contact is None:
             return None
-        if reply[1] != ping.token and not self.client:
+        if reply[1] != ping.token and self.role is Role.HOLDER:
             # The peer could not trust our first ping; this one shows its token, so that it can meet us.
             arguments = self.ping_arguments()
             self.request(ping.address, "ping", arguments, lambda _: None, contact_id=contact.id)
@@ -226,6 +226,8 @@ class MeshProtocol(RpcProtocol):
         self._own_addresses.set(address, self.environment.clock())
         if instance != self._instance and not self.duplicate.done():
             self.duplicate.set_result(Duplicate(address, self._instance > instance))
+            # The other is to know it too.
+            self.request(address, "ping", self.ping_arguments(), lambda _: None, introduce=True)
 
     def _proven(self, ping: _Ping, reply: Reply) -> Contact | None:
         match reply:

@@ -11,6 +11,7 @@ import socket
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any, cast
 
 from kademlia.node import Node
@@ -28,6 +29,18 @@ from mesh.limits import MAX_AMPLIFICATION, MAX_DATAGRAM
 
 Reply = list[Any]
 """``[node id, token, …]``; the first two are checked."""
+
+
+class Role(Enum):
+    """What a node is to the others."""
+
+    HOLDER = "holder"
+    """It is in their tables and keeps records for them."""
+    NEWCOMER = "newcomer"
+    """It answers, but tells nobody its id while it is not known whether others can reach it."""
+    CLIENT = "client"
+    """It only asks. Of what it is asked it answers the pings of other clients: so it can be found out
+    whether it is reachable after all."""
 
 
 @dataclass(slots=True)
@@ -97,7 +110,7 @@ class Recent:
 
 
 class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no types
-    """The sockets' side of a node. With `client` True nobody is told an id and no request is answered."""
+    """The sockets' side of a node. Only a holder tells its id."""
 
     router: Table
     storage: RecordStore
@@ -111,11 +124,11 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         table: Table,
         environment: Environment,
         *,
-        client: bool,
+        role: Role,
     ) -> None:
         super().__init__(Node(dht_id(identity.id)), storage, limits.BUCKET_SIZE)
         self.router = table
-        self.client = client
+        self.role = role
         self.identity = identity
         self.environment = environment
         self.traffic = Traffic()
@@ -185,7 +198,7 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         try:
             kind, message_id, payload = self._codec.decode(data)
             address = (normal(addr[0]), addr[1])
-            if kind == REQUEST and not self.client:
+            if kind == REQUEST:
                 self._answer(message_id, payload, address, len(data))
             elif kind == REPLY:
                 self._settle(message_id, payload, address)
@@ -210,6 +223,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
                 raise MalformedMessage("not a request")
         if len(asker) not in (0, NODE_ID_SIZE) or not self.reachable(address):
             raise MalformedMessage("not an asker")
+        if self.role is Role.CLIENT and (asker or method != "ping"):
+            raise MalformedMessage("nothing to ask of a client")
         now = self.environment.clock()
         trusted = self._issued.valid(token, address[0], now)
         budget = MAX_DATAGRAM if trusted else min(MAX_DATAGRAM, MAX_AMPLIFICATION * size)
@@ -234,17 +249,19 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         contact_id: bytes | None = None,
         slow: Callable[[], None] | None = None,
         timeout: float = limits.REQUEST_TIMEOUT,
+        introduce: bool = False,
     ) -> None:
         """Send a request; `done` is called once, with the reply or None, `slow` before if it takes long.
 
-        A reply of another peer than `contact_id` (a DHT id) counts as none.
+        A reply of another peer than `contact_id` (a DHT id) counts as none. `introduce` tells our id
+        whatever our role.
         """
         if self.transport is None or len(self._pending) >= limits.MAX_PENDING or not self.reachable(address):
             done(None)
             return
         message_id = self.environment.rng.randbytes(ID_SIZE)
         token = self.token(address)
-        asker = b"" if self.client else self.identity.id
+        asker = self.identity.id if introduce or self.role is Role.HOLDER else b""
         payload = [asker, token, *arguments]
         data = self._codec.encode(REQUEST, message_id, [method, payload])
         lacking = limits.LEAST_SIZES.get(method, 0) - len(data)

@@ -33,9 +33,12 @@ def read_buffer() -> memoryview:
 
 
 def peer_address(transport: asyncio.BaseTransport) -> tuple[str, int]:
-    """The remote host and port; empty where the peer hung up already."""
+    """The remote host and port; empty where the peer hung up already.
+
+    IPv4 peers of a socket for both IP versions look as on one for IPv4, without ``::ffff:``.
+    """
     name = transport.get_extra_info("peername")
-    return (str(name[0]), int(name[1])) if name else ("", 0)
+    return (str(name[0]).removeprefix("::ffff:"), int(name[1])) if name else ("", 0)
 
 
 def set_options(transport: asyncio.BaseTransport) -> None:

@@ -16,6 +16,9 @@ from node.cli.output import ExitCode, data, progress, reporting, text
 if TYPE_CHECKING:
     from node.diagnose import Check
 
+MOST_UNREACHED = 8
+"""Addresses that the running node cannot reach and `doctor` tries."""
+
 
 def ping(
     peer: Annotated[str, typer.Argument(metavar="PEER", help="HOST:PORT, or the beginning of a peer's id.")],
@@ -43,25 +46,23 @@ def netcheck(data_dir: options.DataDir = None, as_json: options.Json = False) ->
     """What the node here looks like from outside: its addresses, and whether peers can dial back."""
     with reporting(as_json=as_json):
         from node.cli.entry import ask_local
+        from node.diagnose import unreachable
 
         status = asyncio.run(ask_local(data_dir, "status"))
         found = {"advertised": status["addresses"], **status["reachability"]}
         if as_json:
             data(found)
             return
-        words = {
-            True: "yes",
-            False: "no: peers cannot dial back",
-            None: "unknown: no peer could be asked yet",
-        }
+        words = {True: "yes", False: "no", None: "unknown: no peer could be asked yet"}
         text(f"advertised  {', '.join(found['advertised'])}")
-        text(f"seen as     {found['seen'] or 'unknown'}")
+        text(f"seen as     {found['seen'] or 'unknown'}{', behind NAT' * found['behind_nat']}")
         text(f"reachable   {words[found['reachable']]}")
-        text(f"DHT         {'holds records for others' if found['holder'] else 'only asks'}")
+        text(f"DHT         {found['role']}")
         for report in found["reports"]:
             text(f"peer {report['peer'][:12]}: TCP {report['tcp'] or 'ok'}; UDP {report['udp'] or 'ok'}")
         if found["reachable"] is False:
-            progress("fix: open the node's port (TCP and UDP) in the firewall, or forward it in the router")
+            finding, fix = unreachable(found)
+            progress(f"{finding}\nfix: {fix}")
 
 
 def doctor(
@@ -76,9 +77,10 @@ def doctor(
 ) -> None:
     """Check this machine and the nodes it should reach; says cause and fix for whatever is wrong."""
     with reporting(as_json=as_json):
-        from node.cli.entry import ask_local, own_identity
+        from mesh.address import parse_address
+        from node.cli.entry import ask_local, local_network, own_identity
         from node.config import default_data_dir
-        from node.diagnose import check_peers, check_targets, local_checks
+        from node.diagnose import check_running, check_targets, local_checks
         from node.folder import running_node
         from node.membership import resolve
 
@@ -87,10 +89,14 @@ def doctor(
         running = running_node(folder) is not None
         checks = local_checks(folder, listen=listen, running=running, llama_server=llama_server)
         mesh, targets = resolve(folder, join=join or (), network=network, now=time.time())
+        if running:
+            status = dict(asyncio.run(ask_local(data_dir, "status")))
+            checks += check_running(status)
+            mesh = local_network(data_dir) if not join else mesh
+            unreached = [parse_address(one) for one in status["contacts"]["unreached"]]
+            targets += [one for one in unreached if one not in targets][:MOST_UNREACHED]
         if targets and checks[0].ok:
             checks += asyncio.run(check_targets(targets, own_identity(data_dir), mesh))
-        if running:
-            checks += check_peers(dict(asyncio.run(ask_local(data_dir, "status"))))
         if as_json:
             for check in checks:
                 data(asdict(check))

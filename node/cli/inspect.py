@@ -51,7 +51,7 @@ def status(data_dir: options.DataDir = None, as_json: options.Json = False) -> N
 
 
 def peers(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
-    """The nodes that the node here knows: how each was found, and how far it is."""
+    """The nodes that the node here knows: how each was found, the way to it, and what is wrong with it."""
     with reporting(as_json=as_json):
         from node.cli.entry import ask_local
 
@@ -65,13 +65,14 @@ def peers(data_dir: options.DataDir = None, as_json: options.Json = False) -> No
                 peer["id"][:12],
                 peer["address"],
                 peer["found"],
+                peer["path"],
                 "-" if peer["rtt"] is None else f"{peer['rtt'] * 1000:.1f} ms",
                 f"{peer['last_seen']:.0f} s ago",
-                f"{peer['failures']}",
+                peer["problem"] or "ok",
             ]
             for peer in contacts["peers"]
         ]
-        table(["PEER", "ADDRESS", "FOUND", "RTT", "SEEN", "FAILURES"], rows)
+        table(["PEER", "ADDRESS", "FOUND", "PATH", "RTT", "SEEN", "STATE"], rows)
         if not rows:
             progress("no peers yet")
         for address, reason in contacts["unreached"].items():

@@ -94,7 +94,7 @@ async def test_a_lone_node_finds_its_own_record() -> None:
 
 
 async def test_a_client_finds_workers_and_enters_no_table() -> None:
-    async with mesh(3) as nodes, running(Dht(None, OPEN, client=True), nodes[0][0]) as client:
+    async with mesh(3) as nodes, running(Dht(None, OPEN), nodes[0][0]) as client:
         await nodes[2][0].announce(make_record(nodes[2][1]))
         assert len(await client.lookup("demo")) == 1
         await until(lambda: len(client.peers) == 3)
@@ -304,7 +304,7 @@ async def test_many_workers_of_one_model_are_all_found() -> None:
             for worker, identity in workers:
                 await stack.enter_async_context(running(worker, nodes[0][0]))
                 await worker.announce(make_record(identity))
-            client = await stack.enter_async_context(running(Dht(None, OPEN, client=True), nodes[1][0]))
+            client = await stack.enter_async_context(running(Dht(None, OPEN), nodes[1][0]))
             found = await client.lookup("demo", 100)
             assert {item.record.node_id for item in found} == {identity.id for _, identity in workers}
             assert 16 <= len(await client.lookup("demo")) <= 30
@@ -313,7 +313,7 @@ async def test_many_workers_of_one_model_are_all_found() -> None:
 async def test_lookups_before_and_after_the_mesh_is_reached() -> None:
     async with mesh(2) as nodes:
         await nodes[0][0].announce(make_record(nodes[0][1]))
-        async with running(Dht(None, OPEN, client=True), nodes[1][0]) as client:
+        async with running(Dht(None, OPEN), nodes[1][0]) as client:
             assert len(await client.lookup("demo")) == 1, "the first lookup waits for the first contact"
 
 

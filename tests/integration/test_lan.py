@@ -8,7 +8,8 @@ from ipaddress import ip_address
 
 import pytest
 
-from mesh.lan import Lan, local_addresses, network_tag
+from mesh.interfaces import local_addresses
+from mesh.lan import Lan, network_tag
 from mesh.network import Network
 from tests.support import seconds
 

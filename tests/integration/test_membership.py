@@ -102,7 +102,7 @@ async def test_peers_dial_back_and_netcheck_says_so(tmp_path: Path) -> None:
                 if found["reachable"] is not None:
                     break
         assert found["reachable"]
-        assert found["holder"]
+        assert found["role"] == "holder"
         assert found["reports"][0]["tcp"] is None
         assert found["reports"][0]["udp"] is None
 
