@@ -223,7 +223,7 @@ def decode(plaintext: bytes) -> Iterator[Message | Unknown]:
         except msgpack.OutOfData as error:
             raise MalformedMessage("a frame ends in the middle of a message") from error
         except (ValueError, IndexError, msgpack.UnpackException) as error:
-            raise MalformedMessage(f"not a message: {error or type(error).__name__}") from error
+            raise MalformedMessage(f"not a message: {str(error) or type(error).__name__}") from error
 
 
 def _decode_one(fields: object) -> Message | Unknown:

@@ -1,7 +1,8 @@
-"""Hostile peers, as a process of their own: `python -m tests.wire_attacks NAME PORT`.
+"""Hostile peers, as a process of their own: `python -m tests.wire_attacks NAME PORT [NODE_ID]`.
 
 Prints "attacking" when the attack has begun and goes on until its input ends. Some attackers know the
-network's secret and have valid keys; they break the rules only later.
+network's secret and have valid keys; they break the rules only later. With a node id the target is a
+real node of the open network, otherwise `tests.wire_node`.
 """
 
 from __future__ import annotations
@@ -18,28 +19,48 @@ import msgpack
 from mesh.errors import AuthenticationError
 from mesh.frames import Data, Message, Open, Ping, Reset, encode, prefix_length
 from mesh.handshake import Initiator
-from mesh.identity import Identity
+from mesh.identity import Identity, NodeId, parse_node_id
 from mesh.network import Network
 from mesh.noise import CipherState
-from tests.wire_support import BOB, PRIVATE
+from tests.wire_support import BOB, OPEN, PRIVATE
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
-port = 0
 begun = asyncio.Event()
+
+
+class Target:
+    """Who is attacked."""
+
+    port = 0
+    node_id = BOB.id
+    network = PRIVATE
+    methods = ("tokens", "flood", "swallow")
+
+
+def aim(port: int, node_id: NodeId | None = None) -> None:
+    """Choose the target."""
+    Target.port = port
+    if node_id is not None:
+        Target.node_id, Target.network = node_id, OPEN
+        Target.methods = ("status", "status", "status")
 
 
 @asynccontextmanager
 async def socket() -> AsyncIterator[Streams]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection("127.0.0.1", Target.port)
     try:
         yield reader, writer
     finally:
         writer.close()
 
 
-def message_1(network: Network = PRIVATE) -> tuple[Initiator, bytes]:
+def message_1(network: Network | None = None) -> tuple[Initiator, bytes]:
     initiator = Initiator(
-        Identity(), network, BOB.id, ephemeral=secrets.token_bytes(32), user_agent="attacker"
+        Identity(),
+        network or Target.network,
+        Target.node_id,
+        ephemeral=secrets.token_bytes(32),
+        user_agent="attacker",
     )
     return initiator, initiator.message_1(0)
 
@@ -116,7 +137,7 @@ async def no_credit() -> None:
 
     async def one() -> None:
         async with shaken_hands() as peer:
-            await peer.send(*(Open(2 * n + 1, "flood", {}) for n in range(100)))
+            await peer.send(*(Open(2 * n + 1, Target.methods[1], {}) for n in range(100)))
             while True:
                 await peer.send(Ping(1))
                 await asyncio.sleep(0.05)
@@ -151,7 +172,7 @@ async def reset_flood() -> None:
     async def one() -> None:
         async with shaken_hands() as peer:
             for sid in range(1, 100_000, 64):
-                both = ((Open(n, "tokens", {}), Reset(n, 7)) for n in range(sid, sid + 64, 2))
+                both = ((Open(n, Target.methods[0], {}), Reset(n, 7)) for n in range(sid, sid + 64, 2))
                 await peer.send(*(message for pair in both for message in pair))
 
     await forever(one, one)
@@ -215,7 +236,7 @@ async def swallowed_uploads() -> None:
         async with shaken_hands() as peer:
             for n in range(200):
                 sid = 2 * n + 1
-                await peer.send(Open(sid, "swallow", {}))
+                await peer.send(Open(sid, Target.methods[2], {}))
                 await peer.send(*(Data(sid, bytes(16_000)) for _ in range(4)))
             await peer.until_closed()
 
@@ -227,7 +248,7 @@ async def wrong_secret() -> None:
 
     async def one() -> None:
         async with socket() as (reader, writer):
-            _, message = message_1(Network(PRIVATE.name, bytes(32)))
+            _, message = message_1(Network("another", bytes(32)))
             writer.write(message)
             if await reader.read():
                 raise AuthenticationError("a stranger was answered")
@@ -281,5 +302,5 @@ async def main(name: str) -> None:
 
 if __name__ == "__main__":
     os.nice(10)  # what is measured is the node, not who gets the machine
-    port = int(sys.argv[2])
+    aim(int(sys.argv[2]), parse_node_id(sys.argv[3]) if len(sys.argv) > 3 else None)
     asyncio.run(main(sys.argv[1]))

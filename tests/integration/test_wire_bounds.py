@@ -134,7 +134,7 @@ async def test_a_peer_that_stops_is_given_up(monkeypatch: pytest.MonkeyPatch, st
             await stream.send(CHUNK)
 
     listener = await serve("127.0.0.1", 0, identity=BOB, network=PRIVATE, on_stream=handler)
-    monkeypatch.setattr(wire_attacks, "port", listener.address[1])
+    monkeypatch.setattr(wire_attacks.Target, "port", listener.address[1])
     async with wire_attacks.shaken_hands() as peer:
         await peer.send(*(Open(2 * n + 1, "download", {}) for n in range(100)))
         await peer.send(*(Credit(2 * n + 1, 1 << 20) for n in range(100)))
