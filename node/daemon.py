@@ -183,7 +183,8 @@ class Node:
         background.append(group.create_task(self._twin(self._dht), name="twin"))
         with contextlib.suppress(TimeoutError):
             # Whoever waits for "ready" may look it up at once.
-            await asyncio.wait_for(self._announcer.told.wait(), ANNOUNCE_PATIENCE)
+            async with asyncio.timeout(ANNOUNCE_PATIENCE):
+                await self._announcer.told.wait()
         ready = [name for name, model in state.models.items() if model.ready]
         self._emit(
             {"event": "ready", "worker_id": worker_id, "address": address, "gateway": url, "models": ready}

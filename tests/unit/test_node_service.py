@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh.dht import Dht
+from mesh.dht import Dht, Role
 from mesh.errors import (
     BadRequest,
     ModelNotFound,
@@ -67,7 +67,7 @@ class FakeDht:
     peers = ()
     unreached: Mapping[Any, str] = {}
     seen_address = None
-    client = False
+    role = Role.NEWCOMER
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
