@@ -234,6 +234,48 @@ def test_a_bug_in_a_handler_ends_the_request_and_surfaces(run: Run, caplog: pyte
     assert "a bug" in caplog.text
 
 
+def test_a_bug_in_a_handler_of_the_caller_ends_its_connection(
+    run: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(stream: Stream) -> None:
+        raise ZeroDivisionError("a bug")
+
+    async def scenario() -> None:
+        async with listening() as listener:
+            connection = await dial(listener, on_stream=broken)
+            await connection.ping(seconds(5))
+            (back,) = listener.connections
+            with pytest.raises(QMeshError):
+                await read_all(await back.open("call", {}))
+            with pytest.raises(ZeroDivisionError):
+                await connection.wait_closed()
+
+    run(scenario())
+    assert "a bug" in caplog.text
+
+
+def test_one_reader_and_one_writer_at_a_time(run: Run) -> None:
+    async def handler(stream: Stream) -> None:
+        await asyncio.sleep(3600)
+
+    async def scenario() -> None:
+        async with listening(handler) as listener:
+            connection = await dial(listener)
+            stream = await connection.open("wait", {}, end=False)
+            waiting = [asyncio.create_task(stream.read()), asyncio.create_task(stream.send(bytes(1 << 20)))]
+            await connection.ping(seconds(5))
+            with pytest.raises(RuntimeError):
+                await stream.head()
+            with pytest.raises(RuntimeError):
+                await stream.send(b"x")
+            stream.reset(ErrorCode.CANCELLED)
+            for result in await asyncio.gather(*waiting, return_exceptions=True):
+                assert isinstance(result, QMeshError)
+            await connection.close()
+
+    run(scenario())
+
+
 def test_leaving_a_stream_cancels_its_handler(run: Run) -> None:
     async def scenario() -> None:
         ended = asyncio.Event()

@@ -458,6 +458,31 @@ def test_what_is_not_wanted_is_not_delivered() -> None:
     assert link.settle()[1][-1] == Reset(1, ErrorCode.CANCELLED, "the rest of the body is not wanted")
 
 
+def test_an_end_that_does_not_fit_waits_for_the_next_frame() -> None:
+    link = Link()
+    for _ in range(3):
+        link.initiator.open("method", {})
+    link.settle()
+    trailer = {"k": "x" * 40_000}
+    for sid in (1, 3, 5):
+        link.responder.send_data(sid, bytes(10_000))
+        link.responder.end(sid, trailer)
+    frames = sent(link, by_responder=True)
+    order = [
+        (type(message), message.sid)
+        for frame in frames
+        for message in frame
+        if isinstance(message, Data | End)
+    ]
+    assert sorted(order, key=str) == sorted(
+        ((kind, sid) for kind in (Data, End) for sid in (1, 3, 5)), key=str
+    )
+    for sid in (1, 3, 5):
+        assert order.index((Data, sid)) < order.index((End, sid))
+    assert len(frames) == 3
+    assert not link.responder.streams
+
+
 def test_both_sides_open_streams() -> None:
     link = Link()
     assert link.initiator.open("there", {}) == 1
