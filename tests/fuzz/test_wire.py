@@ -41,7 +41,7 @@ from mesh.limits import MAX_CREDIT, MAX_PLAINTEXT, MAX_STREAMS
 from mesh.noise import CipherState, Handshake
 from tests.wire_support import ALICE, BOB, OPEN, PRIVATE, no_load
 
-INPUTS = int(os.environ.get("QMESH_FUZZ_ROUNDS", "6000"))
+INPUTS = int(os.environ.get("QMESH_FUZZ_ROUNDS", "3000"))
 SEED = int(os.environ.get("QMESH_FUZZ_SEED", "0")) or random.SystemRandom().getrandbits(32)
 INTERESTING = (0, 1, 7, 8, 9, 127, 128, 255, 256, 65_535, 65_536, 1 << 20, MAX_CREDIT, (1 << 31) - 1, 1 << 31)
 
