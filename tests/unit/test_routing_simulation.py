@@ -1,0 +1,61 @@
+"""The simulated mesh: the same from run to run, and better served by QMesh's choice than by simple ones."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from benchmarks import routing
+from benchmarks.simulation import POLICIES, LeastConnections, Policy, RandomChoice, Scenario, Simulation
+
+SMALL = Scenario("small", workers=60, clients=20, duration=90)
+
+
+def test_a_run_is_the_same_every_time_and_every_request_ends() -> None:
+    first, second = (Simulation(SMALL, Policy()) for _ in range(2))
+    result = first.run()
+    assert result == second.run()
+    assert result.unfinished == 0
+    assert len(result.answers) == len(first.requests) > 500
+    for client in first.clients:
+        assert all(client.board[one.record.node_id].in_flight == 0 for one in first.workers)
+    for worker in first.workers:
+        assert worker.admission.busy == worker.admission.waiting == 0, "every slot is free in the end"
+        worker.admission.validate()
+
+
+def test_hedging_stays_within_its_budget() -> None:
+    simulation = Simulation(SMALL, Policy())
+    result = simulation.run()
+    assert result.extra <= 0.05 + SMALL.clients / len(simulation.requests)
+    assert result.extra > 0.01
+
+
+@pytest.mark.parametrize("other", [LeastConnections, RandomChoice])
+def test_the_tail_is_shorter_than_with_simple_policies(other: type[Policy]) -> None:
+    ours, theirs = (Simulation(SMALL, policy()).run() for policy in (Policy, other))
+    assert routing.quantile(ours.answers, 0.99) < routing.quantile(theirs.answers, 0.99) / 2
+
+
+def test_table_and_plot_hold_every_policy() -> None:
+    scenario = Scenario("tiny", workers=5, clients=2, duration=10)
+    results = [Simulation(scenario, policy()).run() for policy in POLICIES]
+    table, picture = routing.table(scenario, results), routing.plot([scenario], [results])
+    for policy in POLICIES:
+        assert policy.name in table
+        assert policy.name in picture
+    assert "nan" not in table
+
+
+def test_quantiles() -> None:
+    assert routing.quantile([3, 1, 2], 0.5) == 2
+    assert routing.quantile([3, 1, 2], 0.99) == 3
+    assert math.isnan(routing.quantile([], 0.5))
+
+
+def test_the_page_in_docs_has_the_tables() -> None:
+    page = (Path(routing.__file__).parent.parent / "docs" / "routing.md").read_text(encoding="utf-8")
+    for scenario in routing.SCENARIOS:
+        assert f"**{scenario.name}**" in page
