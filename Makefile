@@ -5,13 +5,21 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PACKAGES := mesh sidecar node client_sdk
 
-.PHONY: demo test check bench fuzz lock clean
+.PHONY: demo test system check bench fuzz sim lock clean
 
 demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY)
-	@$(BIN)/pytest -q
+	@$(BIN)/pytest -q -n 4
+
+# As root on Debian, with the packages that .ci/run installs: several hosts in network namespaces, the
+# JavaScript client, and the sidecar's tests on a llama-server that `runtime build` made.
+system: $(READY)
+	@$(BIN)/pytest -q tests/netns tests/system
+	@$(BIN)/qmesh-node runtime build --quiet
+	@QMESH_TEST_LLAMA_SERVER="$$($(BIN)/qmesh-node runtime ls --json | $(BIN)/python -m tests.system.server)" \
+		$(BIN)/pytest -q -n 2 tests/integration/test_sidecar_real.py tests/integration/test_sidecar_engine.py
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
@@ -21,6 +29,9 @@ check: $(READY)
 
 bench: $(READY)
 	@$(BIN)/python -m benchmarks
+
+sim: $(READY)
+	@$(BIN)/python -m tests.sim
 
 fuzz: $(READY)
 	@QMESH_FUZZ_ROUNDS=1000000 $(BIN)/pytest -q tests/fuzz --timeout=0

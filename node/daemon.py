@@ -145,6 +145,8 @@ class Node:
             load=state.load,
             policy=config.peers.policy(identity.id),
         )
+        # A bug in a handler ends the node, rather than only the request that met it.
+        background.append(group.create_task(self._listener.wait_closed(), name="listener"))
         self._dht.join(seeds)
         background.append(group.create_task(reachability.run(), name="reachability"))
         if config.gateway is not None:
