@@ -256,7 +256,7 @@ def _from_file(path: Path, *, required: bool) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             return tomllib.load(file)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         if not required:
             return {}
         raise ConfigurationError(f"there is no configuration file {path}", "Check --config.") from error

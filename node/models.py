@@ -56,7 +56,11 @@ def choose_server(config: NodeConfig, models: Mapping[str, ModelSettings]) -> Se
     try:
         return find_server(config.llama_server)
     except BinaryNotFound as error:
-        raise ConfigurationError(str(error), "", exit_code=EXIT_SERVER) from error
+        raise ConfigurationError(
+            str(error).removesuffix("."),
+            "Name a llama-server with --llama-server, or leave that out to take the one that is found.",
+            exit_code=EXIT_SERVER,
+        ) from error
 
 
 def model_pool(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -75,19 +76,57 @@ class Marked:
                 process.kill()
 
 
-class Command:
-    """`qmesh-node` as a user runs it, in an environment of its own."""
+@dataclass(frozen=True)
+class Done:
+    """How a command ended."""
 
-    def __init__(self, home: Path) -> None:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def lines(self) -> list[dict[str, Any]]:
+        """Its output, where that is one JSON object per line."""
+        return json_lines(self.out)
+
+
+class Home:
+    """A user with a home folder of its own, who types `qmesh-node …`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.marked = Marked()
-        home.mkdir(parents=True, exist_ok=True)
-        self.environ = {
-            **self.marked.environ,
-            "HOME": str(home),
-            "XDG_DATA_HOME": str(home / "data"),
-            "QMESH_DATA_DIR": str(home / "qmesh"),
-        }
-        self.program = str(Path(sys.executable).with_name("qmesh-node"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self.environ = {**self.marked.environ, "HOME": str(folder), "XDG_DATA_HOME": str(folder / "data")}
+
+    @staticmethod
+    def command(*arguments: str) -> list[str]:
+        """The installed program with these arguments."""
+        return [str(Path(sys.executable).with_name("qmesh-node")), *arguments]
+
+    def run(
+        self, *arguments: str, stdin: str = "", timeout: float = 30, environ: Mapping[str, str] | None = None
+    ) -> Done:
+        """Run a command to its end. No traceback may be shown, whatever happens."""
+        done = subprocess.run(
+            self.command(*arguments), env={**self.environ, **(environ or {})}, cwd=self.folder, input=stdin,
+            capture_output=True, text=True, timeout=seconds(timeout), check=False,
+        )  # fmt: skip
+        assert "Traceback" not in done.stderr, done.stderr
+        assert "fault of QMesh" not in done.stderr, done.stderr
+        return Done(done.returncode, done.stdout, done.stderr)
+
+    @contextmanager
+    def running(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A command that goes on; its output can be read line by line. Killed at last."""
+        with subprocess.Popen(
+            self.command(*arguments), env=self.environ, cwd=self.folder, text=True,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            try:
+                yield process
+            finally:
+                process.kill()
 
 
 @dataclass(frozen=True)

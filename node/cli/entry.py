@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from client_sdk import MeshClient
+from client_sdk import MeshClient, SyncMeshClient
 from mesh.address import Address, parse_address
 from mesh.entry import parse_entry
 from mesh.errors import ConfigurationError
@@ -54,12 +54,25 @@ def local_network(data_dir: Path | None) -> Network:
 
 def mesh_client(join: list[str] | None, network: str | None, data_dir: Path | None) -> MeshClient:
     """A client of the mesh that the options lead to. Raises ConfigurationError."""
+    return MeshClient(**_way_in(join, network, data_dir))
+
+
+def blocking_client(join: list[str] | None, network: str | None, data_dir: Path | None) -> SyncMeshClient:
+    """As `mesh_client`, for commands that read from the terminal: a wait for a line cannot be cancelled,
+    so Ctrl-C must reach the main thread in it. Raises ConfigurationError.
+    """
+    return SyncMeshClient(**_way_in(join, network, data_dir))
+
+
+def _way_in(join: list[str] | None, network: str | None, data_dir: Path | None) -> dict[str, Any]:
     if join:
-        return MeshClient(join, network=own_network(data_dir, network))
+        return {"join": join, "network": own_network(data_dir, network)}
     folder, facts = local_node(data_dir)
-    return MeshClient(
-        f"{facts['worker_id']}@{facts['address']}", network=_network(facts), identity=load_identity(folder)
-    )
+    return {
+        "join": f"{facts['worker_id']}@{facts['address']}",
+        "network": _network(facts),
+        "identity": load_identity(folder),
+    }
 
 
 async def find_peer(peer: str, data_dir: Path | None) -> Address:

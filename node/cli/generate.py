@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +12,7 @@ from node.cli import options
 from node.cli.output import data, progress, reporting, text
 
 if TYPE_CHECKING:
-    from client_sdk import Completion, MeshClient, TokenStream
+    from client_sdk import Completion, SyncMeshClient, SyncTokenStream
 
 Prompt = Annotated[str, typer.Argument(help="The text to continue; `-` reads it from standard input.")]
 System = Annotated[str | None, typer.Option("--system", help="The system message of the conversation.")]
@@ -33,19 +32,15 @@ def generate(
 ) -> None:
     """Continue a text with the best worker of the mesh, streaming."""
     with reporting(as_json=as_json):
-        from node.cli.entry import mesh_client
+        from node.cli.entry import blocking_client
 
         if prompt == "-":
             prompt = sys.stdin.read()
-
-        async def main() -> None:
-            async with mesh_client(join, network, data_dir) as mesh:
-                stream = mesh.generate_stream(
-                    prompt, model=model, max_tokens=max_tokens, temperature=temperature, seed=seed
-                )
-                summary(await show(stream, as_json=as_json, before=prompt), as_json=as_json, quiet=quiet)
-
-        asyncio.run(main())
+        with blocking_client(join, network, data_dir) as mesh:
+            stream = mesh.generate_stream(
+                prompt, model=model, max_tokens=max_tokens, temperature=temperature, seed=seed
+            )
+            summary(show(stream, as_json=as_json, before=prompt), as_json=as_json, quiet=quiet)
 
 
 def chat(
@@ -63,24 +58,21 @@ def chat(
 ) -> None:
     """Talk with a model of the mesh. An empty line or Ctrl-D ends the conversation."""
     with reporting(as_json=as_json):
-        from node.cli.entry import mesh_client
+        from node.cli.entry import blocking_client
 
         choices = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
-        async def main() -> None:
-            async with mesh_client(join, network, data_dir) as mesh:
-                if message is not None:
-                    await _turn(mesh, history, message, choices, as_json=as_json, quiet=quiet)
-                    return
-                while said := await asyncio.to_thread(_ask, quiet=quiet):
-                    await _turn(mesh, history, said, choices, as_json=as_json, quiet=quiet)
-
-        asyncio.run(main())
+        with blocking_client(join, network, data_dir) as mesh:
+            if message is not None:
+                _turn(mesh, history, message, choices, as_json=as_json, quiet=quiet)
+                return
+            while said := _ask(quiet=quiet):
+                _turn(mesh, history, said, choices, as_json=as_json, quiet=quiet)
 
 
-async def _turn(
-    mesh: MeshClient,
+def _turn(
+    mesh: SyncMeshClient,
     history: list[dict[str, Any]],
     said: str,
     choices: dict[str, Any],
@@ -89,7 +81,7 @@ async def _turn(
     quiet: bool,
 ) -> None:
     history.append({"role": "user", "content": said})
-    answer = await show(mesh.chat_stream(history, **choices), as_json=as_json)
+    answer = show(mesh.chat_stream(history, **choices), as_json=as_json)
     summary(answer, as_json=as_json, quiet=quiet)
     history.append(dict(answer.message or {"role": "assistant", "content": answer.text}))
 
@@ -101,10 +93,10 @@ def _ask(*, quiet: bool) -> str:
     return sys.stdin.readline().strip()
 
 
-async def show(stream: TokenStream, *, as_json: bool, before: str = "") -> Completion:
+def show(stream: SyncTokenStream, *, as_json: bool, before: str = "") -> Completion:
     """Print an answer as it comes, after the text `before`."""
     first = True
-    async for token in stream:
+    for token in stream:
         if first and not as_json:
             text(before, end="")
         first = False
