@@ -8,30 +8,34 @@ once more. Leaving a response early closes its connection at once, which is what
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import re
 from collections.abc import AsyncGenerator, Mapping
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
-import aiohttp
 import orjson
 
 from sidecar.errors import (
     BackendError,
     BackendUnreachable,
+    InvalidRequest,
     SidecarError,
     SidecarStopped,
     SidecarTimeout,
     backend_error,
 )
+from sidecar.http1 import Exchange
 from sidecar.sse import EventParser
 
 CONNECT_TIMEOUT = 5.0
 MAX_ANSWER_BYTES = 64 << 20
-_READ_BUFFER = 1 << 18
 _CLOSE_TIMEOUT = 1.0
 _SAFE_HEADERS = frozenset({"content-type", "accept"})
 """Only these are passed on: X-Conversation-Id would keep a generation alive after its client left."""
+
+_PATH = re.compile(r"/[!-~]*")
+_LINE = re.compile(r"[ -~]*")
 
 Json = Any
 Body = bytes | Mapping[str, Json] | None
@@ -45,11 +49,10 @@ class Response:
     server is being stopped.
     """
 
-    def __init__(self, client: HttpClient, raw: aiohttp.ClientResponse, idle_timeout: float | None) -> None:
-        self._client, self._raw, self._idle = client, raw, idle_timeout
-        self.status = raw.status
-        self.content_type = raw.headers.get("Content-Type", "")
-        self._fault: SidecarError | None = None
+    def __init__(self, exchange: Exchange, idle_timeout: float | None) -> None:
+        self._exchange, self._idle = exchange, idle_timeout
+        self.status = exchange.status
+        self.content_type = exchange.content_type
 
     async def __aenter__(self) -> Self:
         return self
@@ -65,22 +68,14 @@ class Response:
     async def __anext__(self) -> bytes:
         try:
             if self._idle is None:
-                data = await self._raw.content.readany()
+                data = await self._exchange.read()
             else:
                 async with asyncio.timeout(self._idle):
-                    data = await self._raw.content.readany()
+                    data = await self._exchange.read()
         except TimeoutError:
-            self.abort(None)
+            self._exchange.close()
             raise SidecarTimeout(f"the server sent nothing for {self._idle} s") from None
-        except (aiohttp.ClientError, OSError) as error:
-            self._client.open_responses.discard(self)
-            if self._fault:
-                raise self._fault from None
-            raise BackendUnreachable(f"the answer broke off: {error}", started=True) from error
-        if self._fault:
-            raise self._fault
         if not data:
-            self._client.open_responses.discard(self)
             raise StopAsyncIteration
         return data
 
@@ -90,20 +85,14 @@ class Response:
         async for data in self:
             size += len(data)
             if size > limit:
-                self.abort(None)
+                self._exchange.close()
                 raise SidecarError(f"the server's answer is over {limit} bytes")
             parts.append(data)
         return b"".join(parts)
 
-    def abort(self, fault: SidecarError | None) -> None:
-        """Close the connection at once; a reader that waits gets `fault`."""
-        self._fault = fault
-        self._client.open_responses.discard(self)
-        self._raw.close()
-
     async def aclose(self) -> None:
         """Close the connection at once; idempotent."""
-        self.abort(self._fault)
+        self._exchange.close()
 
 
 class HttpClient:
@@ -112,9 +101,8 @@ class HttpClient:
     def __init__(self, base_url: str, api_key: str | None = None) -> None:
         self.base_url = base_url.rstrip("/")
         self.api_key = api_key
-        self.open_responses: set[Response] = set()
-        self._waiting = 0
-        self._session: aiohttp.ClientSession | None = None
+        self._url = urlsplit(self.base_url)
+        self._exchanges: set[Exchange] = set()
         self._closed: SidecarError | None = None
 
     async def __aenter__(self) -> Self:
@@ -128,20 +116,20 @@ class HttpClient:
     @property
     def in_flight(self) -> int:
         """Requests whose answer has not ended yet."""
-        return self._waiting + len(self.open_responses)
+        return sum(not exchange.finished for exchange in self._exchanges)
 
     async def aclose(self, reason: SidecarError | None = None) -> None:
         """Close every connection and refuse new requests; idempotent.
 
-        Whoever reads a response or waits for one gets `reason`, or SidecarStopped.
+        Whoever reads a response or waits for one gets `reason`, or SidecarStopped. Returns when the
+        server can see that the connections are closed.
         """
         self._closed = self._closed or reason or SidecarStopped("the server is stopped")
-        for response in list(self.open_responses):
-            response.abort(self._closed.copy())
-        if self._session:
-            with contextlib.suppress(TimeoutError):  # a hung server does not take what is still to be sent
-                async with asyncio.timeout(_CLOSE_TIMEOUT):
-                    await self._session.close()
+        open_now = list(self._exchanges)
+        for exchange in open_now:
+            exchange.fail(self._closed.copy())
+        if open_now:
+            await asyncio.wait([exchange.closed for exchange in open_now], timeout=_CLOSE_TIMEOUT)
 
     async def request(
         self,
@@ -157,64 +145,68 @@ class HttpClient:
         """Send a request and wait for the head of its answer, whatever its status.
 
         `timeout` bounds the time to the head, `idle_timeout` every later silence (seconds; None: no
-        bound). Raises BackendUnreachable, SidecarTimeout, SidecarStopped.
+        bound). Raises InvalidRequest for a path or header that cannot be sent, BackendUnreachable,
+        SidecarTimeout, SidecarStopped.
         """
-        sent = {k: v for k, v in (headers or {}).items() if k.lower() in _SAFE_HEADERS}
         data = orjson.dumps(body) if isinstance(body, Mapping) else body
-        if data is not None and not any(k.lower() == "content-type" for k in sent):
-            sent["Content-Type"] = "application/json"
-        key = self.api_key if api_key is None else api_key
-        if key:
-            sent["Authorization"] = f"Bearer {key}"
-        self._waiting += 1
+        request = self._head(method, path, data, headers or {}, api_key or self.api_key) + (data or b"")
         try:
             async with asyncio.timeout(timeout):
-                raw = await self._send(method, path, data, sent)
+                return Response(await self._send(request, f"{method} {path}"), idle_timeout)
         except TimeoutError:
             raise SidecarTimeout(f"no answer to {method} {path} within {timeout} s") from None
-        finally:
-            self._waiting -= 1
-        response = Response(self, raw, idle_timeout)
-        if self._closed:
-            raw.close()
-            raise self._closed.copy()
-        self.open_responses.add(response)
-        return response
 
-    async def _send(
-        self, method: str, path: str, data: bytes | None, headers: dict[str, str]
-    ) -> aiohttp.ClientResponse:
+    def _head(
+        self, method: str, path: str, data: bytes | None, headers: Mapping[str, str], key: str | None
+    ) -> bytes:
+        sent = {k.lower(): v for k, v in headers.items() if k.lower() in _SAFE_HEADERS}
+        if data is not None:
+            sent.setdefault("content-type", "application/json")
+            sent["content-length"] = str(len(data))
+        if key:
+            sent["authorization"] = f"Bearer {key}"
+        lines = [
+            f"{method} {self._url.path}{path} HTTP/1.1",
+            f"host: {self._url.netloc}",
+            "connection: close",
+        ]
+        lines += [f"{name}: {value}" for name, value in sent.items()]
+        if not (_PATH.fullmatch(path) and all(map(_LINE.fullmatch, lines))):
+            # The path may come from a peer: nothing in it may become a header of ours.
+            raise InvalidRequest(f"{method} {path!r} cannot be sent: only printable ASCII can", status=400)
+        return "\r\n".join([*lines, "", ""]).encode()
+
+    async def _send(self, request: bytes, what: str) -> Exchange:
         for attempt in (1, 2):
-            if self._closed:
-                raise self._closed.copy()
+            exchange = await self._connect(request)
             try:
-                return await self._connection().request(
-                    method, self.base_url + path, data=data, headers=headers
-                )
-            except aiohttp.ClientConnectorError as error:
-                fault = BackendUnreachable(f"no connection to {self.base_url}: {error.strerror}")
-                raise self._closed_or(fault) from error
-            except (aiohttp.ClientError, OSError) as error:
+                await exchange.head()
+            except BackendUnreachable as error:
                 if attempt == 2:
-                    raise self._closed_or(
-                        BackendUnreachable(f"{method} {path} got no answer: {error}")
-                    ) from error
+                    raise BackendUnreachable(f"{what} got no answer: {error}") from error
+            except BaseException:
+                exchange.close()
+                raise
+            else:
+                return exchange
         raise AssertionError("the second attempt returns or raises")
 
-    def _closed_or(self, fault: SidecarError) -> SidecarError:
-        return self._closed.copy() if self._closed else fault
-
-    def _connection(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(force_close=True, limit=0),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-                read_bufsize=_READ_BUFFER,
-                auto_decompress=False,
-                cookie_jar=aiohttp.DummyCookieJar(),
-                skip_auto_headers=("User-Agent", "Accept-Encoding"),
-            )
-        return self._session
+    async def _connect(self, request: bytes) -> Exchange:
+        if self._closed:
+            raise self._closed.copy()
+        exchange = Exchange(asyncio.get_running_loop())
+        self._exchanges.add(exchange)
+        exchange.closed.add_done_callback(lambda _: self._exchanges.discard(exchange))
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT):
+                await exchange.open(self._url, request)
+        except (OSError, ValueError, TimeoutError) as error:
+            exchange.close()
+            raise BackendUnreachable(f"no connection to {self.base_url}: {error}") from error
+        except BaseException:
+            exchange.close()
+            raise
+        return exchange
 
     async def call(
         self,

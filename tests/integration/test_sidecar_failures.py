@@ -280,7 +280,7 @@ async def test_silence_in_mid_stream_reaches_the_readers_deadline(tmp_path: Path
         with pytest.raises(SidecarTimeout, match="nothing for"):
             async for _ in client.stream_completion(GENERATE, idle_timeout=0.2):
                 pass
-        assert not client.open_responses
+        await until(lambda: client.in_flight == 0)
 
 
 async def test_only_harmless_headers_are_passed_on(tmp_path: Path) -> None:

@@ -103,7 +103,11 @@ def test_the_exit_status_is_the_programs(guard: list[str], source: str, status: 
 def orphan() -> Iterator[subprocess.Popen[bytes]]:
     """A process that looks like our server, in a session of its own."""
     environment = {**os.environ, orphans.NONCE_VARIABLE: "right"}
-    with subprocess.Popen(SLEEP, env=environment, start_new_session=True) as process:
+    program = [*SLEEP[:-1], "print('up', flush=True); " + SLEEP[-1]]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(program, env=environment, start_new_session=True, stdout=pipe) as process:
+        assert process.stdout
+        process.stdout.readline()  # before, the kernel may show an empty environment
         yield process
         process.kill()
 

@@ -151,7 +151,7 @@ async def test_leaving_a_stream_frees_its_slot(running: Supervisor) -> None:
     answer = await client.completion({"prompt": "Once", "n_predict": 4}, timeout=seconds(10))
     assert answer["content"]
     assert time.monotonic() - start < seconds(3)
-    assert not client.open_responses
+    await until(lambda: client.in_flight == 0)
 
 
 async def test_a_cancelled_request_frees_its_slot(running: Supervisor) -> None:
