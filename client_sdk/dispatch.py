@@ -82,7 +82,8 @@ class Dispatcher:
         self.rng = rng
         self.closed = False
         self._on_event = on_event
-        self._hedge_share = hedge_share
+        self.hedge_share = hedge_share
+        """The share of the requests that may be sent twice."""
         self._probed: dict[str, float] = {}
         self._hedging: dict[Hashable, Hedging] = {}
         self._tasks = TaskOwner()
@@ -141,7 +142,7 @@ class Dispatcher:
         if policy is None:
             if len(self._hedging) >= MOST_KINDS:
                 self._hedging.clear()
-            policy = self._hedging[kind] = Hedging(self._hedge_share)
+            policy = self._hedging[kind] = Hedging(self.hedge_share)
         return policy
 
     def tell(self, event: RouteEvent) -> None:

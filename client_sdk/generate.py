@@ -78,6 +78,7 @@ class TokenStream:
             usage=dict(self._journal.usage),
             explain=self.explain,
             message=dict(self._message) or None,
+            timings=dict(self._journal.timings),
         )
 
     async def _run(self) -> AsyncGenerator[Token, None]:

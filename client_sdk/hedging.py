@@ -28,7 +28,7 @@ class Hedging:
     def __init__(self, share: float = SHARE) -> None:
         self._samples: deque[float] = deque(maxlen=SAMPLES)
         self._share = share
-        self._budget = 1.0 if share else 0.0
+        self._budget = 0.0
         self._delay: float | None = None
         self._fresh = 0
 

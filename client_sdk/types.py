@@ -103,6 +103,8 @@ class Completion:
     explain: Explanation
     message: Mapping[str, Any] | None = None
     """For chat: the assistant's message, to be appended to the history."""
+    timings: Mapping[str, Any] = field(default_factory=dict)
+    """The last worker's own: `cache_n` prompt tokens from its cache, `prompt_n` read, `predicted_n` written."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,16 +1,16 @@
 """Who may use the model's slots, in which order: a bounded queue, fair across peers. Pure.
 
 At most `slots` requests run; the others wait in one queue per (priority, peer). Higher priorities go
-first; within a priority the peers take turns by deficit round robin (Shreedhar and Varghese, 1996)
-weighed by the tokens they ask for, so that a peer with many large requests cannot crowd out one with
-few small ones. The queue holds `queue_limit` requests in all; a peer may fill it only while others
+first; within a priority the next slot goes to the peer that holds the fewest, and among those the peers
+take turns by deficit round robin (Shreedhar and Varghese, 1996) weighed by the tokens they ask for, so
+that a peer with many large requests cannot crowd out one with few small ones. The queue holds `queue_limit` requests in all; a peer may fill it only while others
 do not ask: with the queue full, a newcomer with fewer waiting requests displaces the last request of
 the peer with the most.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -150,10 +150,16 @@ class Admission:
         """The ticket whose turn it is. Only called while something waits."""
         priority = max(self._queues)
         queue = self._queues[priority]
+        held = Counter(ticket.peer for ticket in self.running)
+        fewest = min(held[name] for name in queue)
+        alone = sum(held[name] == fewest for name in queue) == 1
         while True:
             name, peer = next(iter(queue.items()))
+            if held[name] > fewest:
+                queue.move_to_end(name)
+                continue
             ticket = peer.waiting[0]
-            if peer.deficit >= ticket.cost or len(queue) == 1:
+            if peer.deficit >= ticket.cost or alone:
                 peer.deficit = max(0.0, peer.deficit - ticket.cost)
                 peer.waiting.popleft()
                 self._waiting -= 1

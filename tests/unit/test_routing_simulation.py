@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import routing
-from benchmarks.simulation import POLICIES, LeastConnections, Policy, RandomChoice, Scenario, Simulation
+from benchmarks.routing import report as routing
+from benchmarks.routing.simulation import (
+    POLICIES,
+    LeastConnections,
+    Policy,
+    RandomChoice,
+    Scenario,
+    Simulation,
+)
 
 SMALL = Scenario("small", workers=60, clients=20, duration=90)
 
@@ -29,7 +36,7 @@ def test_a_run_is_the_same_every_time_and_every_request_ends() -> None:
 def test_hedging_stays_within_its_budget() -> None:
     simulation = Simulation(SMALL, Policy())
     result = simulation.run()
-    assert result.extra <= 0.05 + SMALL.clients / len(simulation.requests)
+    assert result.extra <= 0.05
     assert result.extra > 0.01
 
 
@@ -55,7 +62,19 @@ def test_quantiles() -> None:
     assert math.isnan(routing.quantile([], 0.5))
 
 
-def test_the_page_in_docs_has_the_tables() -> None:
-    page = (Path(routing.__file__).parent.parent / "docs" / "routing.md").read_text(encoding="utf-8")
-    for scenario in routing.SCENARIOS:
-        assert f"**{scenario.name}**" in page
+def test_the_page_in_docs_holds_the_tables(tmp_path: Path) -> None:
+    scenario = Scenario("tiny", workers=5, clients=2, duration=10)
+    results = [Simulation(scenario, policy()).run() for policy in POLICIES]
+    page = (routing.DOCS / "routing.md").read_text(encoding="utf-8")
+    for one in routing.SCENARIOS:
+        assert f"**{one.name}**" in page
+    (tmp_path / "routing.md").write_text(page, encoding="utf-8")
+    for _ in range(2):
+        routing.write(tmp_path, [scenario], [results])
+        written = (tmp_path / "routing.md").read_text(encoding="utf-8")
+        assert written.count("**tiny**") == 1
+        assert "100 workers" not in written
+    assert (tmp_path / "routing.svg").read_text(encoding="utf-8").startswith("<svg")
+    (tmp_path / "routing.md").write_text("nothing", encoding="utf-8")
+    with pytest.raises(ValueError, match="no place"):
+        routing.write(tmp_path, [scenario], [results])

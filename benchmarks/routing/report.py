@@ -1,8 +1,8 @@
 """Which policy serves a mesh best? Simulates them all, and writes the table and the plot into docs.
 
-    python -m benchmarks.routing [--quick] [--out docs]
+    python -m benchmarks.routing [--quick]
 
-See `benchmarks.simulation` for what is real and what is simulated. The figures depend on the seed in the
+See `benchmarks.routing.simulation` for what is real and what is simulated. The figures depend on the seed in the
 scenario alone, not on the machine.
 """
 
@@ -11,17 +11,17 @@ from __future__ import annotations
 import argparse
 import math
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.simulation import POLICIES, Result, Scenario, Simulation
+from benchmarks.routing.simulation import POLICIES, Result, Scenario, Simulation
 
 SCENARIOS = (
     Scenario("100 workers", workers=100, clients=40, duration=600),
     Scenario("1,000 workers", workers=1000, clients=300, duration=180),
 )
+DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 COLOURS = ("#1a7f37", "#7fb98f", "#0969da", "#bc4c00", "#8250df")
 BEGIN, END = "<!-- simulation -->", "<!-- end of simulation -->"
 WIDTH, HEIGHT, LEFT, TOP, GAP = 430, 300, 56, 40, 70
@@ -114,28 +114,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the time; not for docs")
-    parser.add_argument("--out", type=Path, help="the folder with routing.md, to be brought up to date")
+    parser.add_argument("--quick", action="store_true", help="a tenth of the time; writes nothing")
     arguments = parser.parse_args()
     scenarios = [replace(one, duration=one.duration / 10) if arguments.quick else one for one in SCENARIOS]
     results = []
     for scenario in scenarios:
         results.append([Simulation(scenario, policy()).run() for policy in POLICIES])
         print(table(scenario, results[-1]) + "\n", flush=True)
-    if arguments.out is not None:
-        page = arguments.out / "routing.md"
-        tables = "\n\n".join(table(*one) for one in zip(scenarios, results, strict=True))
-        block = f"{BEGIN}\n\n{tables}\n\n{END}"
-        text, count = re.subn(
-            f"{BEGIN}.*?{END}", lambda _: block, page.read_text(encoding="utf-8"), flags=re.DOTALL
-        )
-        if count != 1:
-            print(f"{page} has no place for the tables: {BEGIN} … {END}", file=sys.stderr)
-            return 1
-        page.write_text(text, encoding="utf-8")
-        (arguments.out / "routing.svg").write_text(plot(scenarios, results), encoding="utf-8")
+    if not arguments.quick:
+        write(DOCS, scenarios, results)
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def write(folder: Path, scenarios: Sequence[Scenario], results: Sequence[Sequence[Result]]) -> None:
+    """Bring routing.md and routing.svg up to date. Raises ValueError where the page has no place for it."""
+    page = folder / "routing.md"
+    tables = "\n\n".join(table(*one) for one in zip(scenarios, results, strict=True))
+    block = f"{BEGIN}\n\n{tables}\n\n{END}"
+    text, count = re.subn(
+        f"{BEGIN}.*?{END}", lambda _: block, page.read_text(encoding="utf-8"), flags=re.DOTALL
+    )
+    if count != 1:
+        raise ValueError(f"{page} has no place for the tables: {BEGIN} … {END}")
+    page.write_text(text, encoding="utf-8")
+    (folder / "routing.svg").write_text(plot(scenarios, results), encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Which policy serves a mesh best, in simulation."""
