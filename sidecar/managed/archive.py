@@ -35,6 +35,8 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def _untar(archive: Path, target: Path) -> None:
+    if not hasattr(tarfile, "data_filter"):
+        raise UnsafeArchive(f"{archive.name} cannot be unpacked safely by this Python. Use 3.11.4 or newer.")
     with tarfile.open(archive, "r:gz") as tar:
         total = 0
         for count, member in enumerate(tar):
