@@ -24,6 +24,8 @@ Style = Literal["console", "json"]
 OURS = ("qmesh", "mesh", "node", "sidecar", "client_sdk")
 FILE_BYTES = 10 << 20
 FILES = 5
+_JSON = json.JSONEncoder(default=str)
+"""Writes ASCII: a file name need not be valid text."""
 _LINE = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
@@ -54,7 +56,7 @@ class JsonFormatter(logging.Formatter):
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False, default=str)
+        return _JSON.encode(line)
 
 
 def set_up(*, quiet: bool, style: Style = "console") -> None:
@@ -79,9 +81,7 @@ def log_file(folder: Path, name: str) -> Iterator[None]:
     """
     path = folder / "logs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(
-        path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="utf-8", errors="backslashreplace"
-    )
+    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="ascii")
     handler.setFormatter(JsonFormatter())
     handler.setLevel(logging.INFO)
     root = logging.getLogger()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import asynccontextmanager
 
@@ -14,6 +15,8 @@ from node.gateway.errors import ApiError
 
 WRITE_SECONDS = 20.0
 """A client that takes nothing for this long is cut off, before the worker's node loses patience."""
+UNHURRIED = 16 << 10
+"""With less than this in its buffer a connection takes more at once (asyncio's mark is 64 KiB)."""
 FIRST_PING = 3.0
 """Seconds without a beginning, after which a streaming client is told that it is not forgotten."""
 NEXT_PING = 10.0
@@ -84,31 +87,41 @@ class Outlet:
     @asynccontextmanager
     async def pings(self) -> AsyncIterator[None]:
         """While the block runs, pings keep a streaming client's patience; the first sends the head."""
+        loop = asyncio.get_running_loop()
         done = asyncio.Event()
-        pinging = asyncio.get_running_loop().create_task(self._ping(done), name="pings")
+        pinging: list[asyncio.Task[None]] = []
+
+        def start() -> None:
+            pinging.append(loop.create_task(self._ping(done), name="pings"))
+
+        # Most answers begin before the first ping: they cost a timer and no task.
+        timer = loop.call_later(FIRST_PING, start)
         try:
             yield
         finally:
+            timer.cancel()
             done.set()
-            await pinging
+            for task in pinging:
+                await task
 
     async def _ping(self, done: asyncio.Event) -> None:
-        pause = FIRST_PING
-        while True:
-            try:
-                async with asyncio.timeout(pause):
-                    await done.wait()
-                    return
-            except TimeoutError:
-                pause = NEXT_PING
+        while not done.is_set():
             await self.begin(200, "text/event-stream", {})
             await self.write(_PINGS[self._call.form])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NEXT_PING):
+                    await done.wait()
 
     async def _guarded(self, writing: Awaitable[object]) -> None:
+        """Wait for a client that takes its time, but not for ever."""
+        transport = self._call.request.transport
         try:
+            if transport is not None and transport.get_write_buffer_size() < UNHURRIED:
+                await writing  # goes into the buffer, there is nothing to wait for
+                return
             async with asyncio.timeout(WRITE_SECONDS):
                 await writing
         except (OSError, TimeoutError) as error:
-            if self._call.request.transport is not None:
-                self._call.request.transport.abort()
+            if transport is not None:
+                transport.abort()
             raise ClientGone from error

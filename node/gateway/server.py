@@ -169,7 +169,8 @@ class Gateway:
             self._running.discard(task)
             if not self._running:
                 self._idle.set()
-            self._account(call)
+            # Later: the end of the answer is still to leave in this turn of the loop.
+            asyncio.get_running_loop().call_soon(self._account, call, time.monotonic())
 
     async def _answer(self, call: Call) -> web.StreamResponse:
         request = call.request
@@ -225,9 +226,8 @@ class Gateway:
     def _refused(self, call: Call, error: ApiError) -> web.StreamResponse:
         return Outlet(call).whole(error.status, JSON, error.body(call.form, call.id), error.headers)
 
-    def _account(self, call: Call) -> None:
+    def _account(self, call: Call, now: float) -> None:
         """Settle the key's allowance; tell metrics and log. Nothing of what was said is in either."""
-        now = time.monotonic()
         seconds = now - call.began
         explain = call.explain
         if call.allowance is not None and call.estimate:
