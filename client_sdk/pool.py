@@ -70,8 +70,13 @@ class Pool:
         """Make sure that a peer that keeps silent is there. Where it does not answer a ping, every request
         on its connection fails at once.
 
+        However many requests ask at the same time, the peer is pinged once: it owes only a few PONGs and
+        drops older ones, so that hundreds of silent requests would each seem to prove it dead.
         Raises ConnectionClosed.
         """
+        await self._tasks.shared(("verify", id(connection)), lambda: self._verify(connection, timeout))
+
+    async def _verify(self, connection: Connection, timeout: float) -> None:
         try:
             await connection.ping(timeout)
         except DeadlineExceeded as error:
