@@ -28,6 +28,8 @@ from node.cluster import Cluster, Member
 SLOTS = 128
 HOLD = 15.0
 """Seconds for which the streams are held."""
+LEAST_EVENTS = 8
+"""An answer of 64 tokens with fewer events is an error."""
 PATH = "/v1/completions"
 
 
@@ -79,10 +81,11 @@ async def hold(session: aiohttp.ClientSession, node: Member, streams: int) -> di
         nonlocal answers, failures
         while time.perf_counter() < until:
             try:
-                await ask(64)
-                answers += 1
+                _, events = await ask(64)
             except aiohttp.ClientError:
-                failures += 1
+                events = 0
+            answers += 1
+            failures += events < LEAST_EVENTS
 
     async def watch() -> None:
         nonlocal most

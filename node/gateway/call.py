@@ -37,6 +37,8 @@ class Call:
     """What every answer to this request carries."""
     model: str | None = None
     status: int = 0
+    error: str | None = None
+    """The code of the error that it ended with."""
     explain: Explanation | None = None
     first_byte: float | None = None
     gaps: list[float] = field(default_factory=list)

@@ -57,7 +57,7 @@ class Proxy:
                 failure = error
         if not outlet.begun:
             raise failure
-        call.status = failure.status
+        call.status, call.error = failure.status, failure.code
         return await outlet.fail(failure)
 
     @staticmethod

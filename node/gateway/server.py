@@ -224,6 +224,7 @@ class Gateway:
         call.allowance = self._allowances.of(call.key.id, *limits, now)
 
     def _refused(self, call: Call, error: ApiError) -> web.StreamResponse:
+        call.error = error.code
         return Outlet(call).whole(error.status, JSON, error.body(call.form, call.id), error.headers)
 
     def _account(self, call: Call, now: float) -> None:
@@ -240,6 +241,7 @@ class Gateway:
             "status": call.status,
             "ms": round(seconds * 1000, 2),
             "key": call.key.name if call.key else None,
+            "error": call.error,
         }
         if explain is not None and explain.worker is not None and call.first_byte is not None:
             failed = sum(attempt.error is not None for attempt in explain.attempts)
