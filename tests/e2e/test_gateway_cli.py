@@ -75,7 +75,7 @@ def test_a_busy_port_that_was_named(tmp_path: Path) -> None:
         done = command("run", "--json", "--no-mdns", *home, "--gateway", address)
         assert done.returncode == 6
         assert address in done.stderr
-        assert json.loads(done.stdout.splitlines()[-1])["exit_code"] == 6
+        assert 6 in [json.loads(line).get("exit_code") for line in done.stdout.splitlines()]
         assert command("gateway", "--join", "127.0.0.1:1", "--listen", address).returncode == 6
 
 
