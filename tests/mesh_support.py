@@ -19,6 +19,7 @@ import orjson
 import psutil
 
 from mesh.address import parse_address
+from mesh.errors import ReplayError
 from mesh.identity import Identity, parse_node_id
 from mesh.network import Network
 from mesh.records import WorkerRecord, open_record
@@ -186,8 +187,13 @@ async def ask(connection: Connection, method: str, **meta: Any) -> Mapping[str, 
 async def found_at(connection: Connection, model: str = MODEL) -> dict[str, WorkerRecord]:
     """The valid records that a node finds for a model now, by worker id."""
     answer = await ask(connection, "find", model=model, want=16)
-    records = [open_record(blob, Network(), key, time.time()) for key, blob in answer["records"]]
-    return {record.node_id.hex(): record for record in records if record.health > 0}
+    found = {}
+    for key, blob in answer["records"]:
+        with suppress(ReplayError):  # it expired on the way
+            record = open_record(blob, Network(), key, time.time())
+            if record.health > 0:
+                found[record.node_id.hex()] = record
+    return found
 
 
 def completion(tokens: int, prompt: str = PROMPT) -> dict[str, Any]:

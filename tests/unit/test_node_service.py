@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mesh.dht import Dht, Role
+from mesh.dht import Dht
 from mesh.errors import (
     BadRequest,
     ModelNotFound,
@@ -23,8 +23,7 @@ from mesh.errors import (
     Unauthorized,
     remote_error,
 )
-from mesh.identity import Identity, NodeId
-from mesh.network import Network
+from mesh.identity import NodeId
 from mesh.transport import Stream
 from node import inference
 from node import service as module
@@ -66,8 +65,6 @@ class FakeDht:
 
     peers = ()
     unreached: Mapping[Any, str] = {}
-    seen_address = None
-    role = Role.NEWCOMER
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, int]] = []
@@ -78,6 +75,13 @@ class FakeDht:
 
     async def models(self) -> dict[str, int]:
         return {"m": 1}
+
+
+class FakeReachability:
+    """Has tried nothing."""
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
 
 class FakeModel:
@@ -116,7 +120,7 @@ def make(peers: PeerSettings = PeerSettings()) -> Served:  # noqa: B008 - frozen
         OWN,
         models,
         cast("Dht", dht),
-        Reachability(Identity(), Network(), cast("Dht", dht), 9470),
+        cast("Reachability", FakeReachability()),
         Inference(OWN, peers, load=lambda: {}),
         status=lambda: {"a": 1},
     )
