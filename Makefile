@@ -11,7 +11,7 @@ demo: $(READY)
 	@$(BIN)/python -m examples.demo
 
 test: $(READY)
-	@$(BIN)/pytest -q -n 4
+	@$(BIN)/pytest -q -n 4 --dist loadgroup
 
 # As root on Debian, with the packages that .ci/run installs: several hosts in network namespaces, the
 # JavaScript client, and the sidecar's tests on a llama-server that `runtime build` made.

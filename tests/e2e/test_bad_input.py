@@ -16,7 +16,7 @@ from node.cluster import Member
 from tests.mesh_support import PROMPT, Done, Home
 from tests.sidecar_support import DEMO
 
-pytestmark = pytest.mark.xdist_group("mesh")
+pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture

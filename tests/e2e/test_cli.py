@@ -23,7 +23,7 @@ from node.cluster import Member
 from tests.mesh_support import MODEL, PROMPT, ROOT, Home, json_lines
 from tests.support import seconds
 
-pytestmark = pytest.mark.xdist_group("mesh")
+pytestmark = pytest.mark.xdist_group("cli")
 
 
 @pytest.fixture
