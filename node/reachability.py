@@ -27,9 +27,9 @@ ASKED = 3
 """Peers asked at once."""
 TIMEOUT = 4.0
 EVERY = 600.0
-WHILE_UNREACHABLE = 60.0
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 10.0
-"""Between attempts while nobody could be asked yet; doubled each time."""
+FIRST_PAUSE = 0.25
+"""Between checks while the node is not known to be reachable; doubled each time."""
+LONGEST_PAUSE, LONGEST_PAUSE_ALONE = 60.0, 10.0
 MOST_DIALS = 8
 """Dials back for others at the same time."""
 
@@ -52,11 +52,12 @@ class Reachability:
         pause = FIRST_PAUSE
         while True:
             await self.check()
-            if self.reachable is None:
-                await asyncio.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE)
+            if self.reachable:
+                await asyncio.sleep(EVERY)
+                pause = FIRST_PAUSE
             else:
-                await asyncio.sleep(EVERY if self.reachable else WHILE_UNREACHABLE)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_ALONE if self.reachable is None else LONGEST_PAUSE)
 
     async def check(self) -> None:
         """Ask a few peers, and draw the conclusion."""
@@ -101,7 +102,9 @@ class Reachability:
             self._dialling.discard(stream.peer_id)
 
     def describe(self) -> Mapping[str, Any]:
-        """For `netcheck`. `behind_nat`: peers see an address that is none of this machine's own."""
+        """For `netcheck`. `behind_nat`: peers see an address that is none of this machine's own; `held`:
+        records that it keeps, its own among them.
+        """
         seen = self._dht.seen_address
         foreign = seen is not None and scope(seen[0]) > 0 and seen[0] not in local_addresses()
         return {
@@ -109,6 +112,7 @@ class Reachability:
             "seen": format_address(*seen) if seen else None,
             "behind_nat": foreign,
             "role": self._dht.role.value,
+            "held": self._dht.holdings.records,
             "reports": self.reports,
         }
 

@@ -57,7 +57,7 @@ def netcheck(data_dir: options.DataDir = None, as_json: options.Json = False) ->
         text(f"advertised  {', '.join(found['advertised'])}")
         text(f"seen as     {found['seen'] or 'unknown'}{', behind NAT' * found['behind_nat']}")
         text(f"reachable   {words[found['reachable']]}")
-        text(f"DHT         {found['role']}")
+        text(f"DHT         {found['role']}, keeps {found['held']} records")
         for report in found["reports"]:
             text(f"peer {report['peer'][:12]}: TCP {report['tcp'] or 'ok'}; UDP {report['udp'] or 'ok'}")
         if found["reachable"] is False:

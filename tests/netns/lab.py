@@ -159,11 +159,21 @@ class Lab:
 
     def masquerade(self, inner: Switch, outer: Switch) -> None:
         """Make the router hide one LAN from the other behind its own address, and let nobody in."""
+        # Named by addresses: where bridges are filtered too, these rules also see what stays in one LAN.
+        away = f"ip saddr {inner.v4}.0/24 ip daddr != {inner.v4}.0/24"
+        into = f"ip saddr != {inner.v4}.0/24 ip daddr {inner.v4}.0/24"
         self.router.nft(
             f"table ip nat-{inner.name} {{ "
-            f"chain out {{ type nat hook postrouting priority 100; oifname {outer.name} masquerade; }}\n"
-            f"chain pass {{ type filter hook forward priority 0; oifname {inner.name} "
-            "ct state new drop; }\n}"
+            f"chain out {{ type nat hook postrouting priority 100; oifname {outer.name} {away} masquerade; }}\n"
+            f"chain pass {{ type filter hook forward priority 0; "
+            f"ct status dnat accept; {into} ct state new drop; }}\n}}"
+        )
+
+    def forward(self, outer: Switch, port: int, to: str) -> None:
+        """Make the router pass a port of its outer address on to a host inside, as its owner would."""
+        self.router.nft(
+            f"table ip forward-{outer.name} {{ chain in {{ type nat hook prerouting priority -100; "
+            f"ip daddr {outer.address(1)} meta l4proto {{ tcp, udp }} th dport {port} dnat to {to}; }}\n}}"
         )
 
     def host(self, name: str, switch: Switch, number: int) -> Namespace:
