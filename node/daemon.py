@@ -191,6 +191,9 @@ class Node:
         self._emit(
             {"event": "ready", "worker_id": worker_id, "address": address, "gateway": url, "models": ready}
         )
+        for where, reason in self._dht.unreached.items():
+            if where in seeds:
+                self._emit({"event": "unreached", "address": format_address(*where), "error": reason})
 
     def _open_gateway(self, address: str, entry: str, identity: Identity, network: Network) -> Gateway:
         """The OpenAI API of this node; it enters the mesh through the node itself. Raises ConfigurationError."""

@@ -136,7 +136,8 @@ class ServedModel:
     def measured(self, timings: Mapping[str, Any]) -> None:
         """Learn the speeds from the server's own timings of one answer."""
         self.generation_speed = _smooth(self.generation_speed, timings.get("predicted_per_second"))
-        if timings.get("prompt_n", 0) >= 16:  # fewer tokens measure the overhead, not the speed
+        prompt = timings.get("prompt_n")
+        if isinstance(prompt, int) and prompt >= 16:  # fewer tokens measure the overhead, not the speed
             self.prompt_speed = _smooth(self.prompt_speed, timings.get("prompt_per_second"))
 
     async def settled(self) -> None:

@@ -140,6 +140,11 @@ def describe(event: Mapping[str, Any]) -> list[str]:
                     '-d \'{"messages":[{"role":"user","content":"Hello!"}]}\'',
                 ]
             return [*lines, f"try      qmesh-node generate 'Once upon a time' --join {address}"]
+        case "unreached":
+            return [
+                f"warning: {event['address']} (--join) is not reached: {event['error']}",
+                "  fix: check the address, and that a node runs there; this one goes on trying",
+            ]
         case "model_failed":
             return [f"error: {event['error']}"]
         case "stopping":

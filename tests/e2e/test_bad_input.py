@@ -15,6 +15,7 @@ from node.cli.output import ExitCode
 from node.cluster import Member
 from tests.mesh_support import PROMPT, Done, Home
 from tests.sidecar_support import DEMO
+from tests.support import seconds
 
 pytestmark = pytest.mark.xdist_group("cli")
 
@@ -190,6 +191,20 @@ def test_nobody_at_the_address_to_join(home: Home, command: tuple[str, ...]) -> 
         assert (line["event"], line["exit_code"]) == ("error", 8)
     else:
         assert done.out == ""
+
+
+def test_a_node_says_whom_it_cannot_join_and_goes_on_trying(home: Home) -> None:
+    """It may well be the first one up after a power failure."""
+    where = ("--listen", "127.0.0.1:0", "--no-gateway", "--no-mdns")
+    with home.running("run", *where, "--join", "127.0.0.1:1") as node:
+        assert node.stdout is not None
+        assert node.stdout.readline().startswith("ready")
+        assert home.run("generate", PROMPT, "-n", "2").code == 0
+        node.terminate()
+        _, told = node.communicate(timeout=seconds(20))
+        assert node.returncode == 0
+    assert "127.0.0.1:1 (--join) is not reached" in told
+    assert "fix: " in told
 
 
 @pytest.mark.parametrize("command", [("generate", PROMPT), ("status",)])
