@@ -40,6 +40,16 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "runtime")
 
 
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips the proof that the server runs, where the download is what is tested."""
+
+    async def trusts(_binary: Path) -> Proof:
+        return Proof("9999 (fake)", [], " t0")
+
+    monkeypatch.setattr("sidecar.managed.install.verify", trusts)
+
+
 async def fetch(mirror: Mirror, store: Store, **options: object) -> Install:
     defaults: dict[str, object] = {
         "base_url": mirror.url,
@@ -64,6 +74,7 @@ async def test_install_verifies_uses_and_is_found(mirror: Mirror, store: Store) 
     assert "b9999-cpu" in found.reason
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_use_and_rollback(mirror: Mirror, store: Store) -> None:
     first = await fetch(mirror, store)
     mirror.tag = "b10000"
@@ -136,6 +147,7 @@ async def test_a_build_that_does_not_use_the_gpu_gives_way_to_the_next(
 # ── bad servers ─────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_download_that_is_cut_off_goes_on(mirror: Mirror, store: Store) -> None:
     async def cut(request: web.Request) -> web.StreamResponse:
         start = request.http_range.start or 0
@@ -155,6 +167,7 @@ async def test_a_download_that_is_cut_off_goes_on(mirror: Mirror, store: Store) 
     assert "asset bytes=100000-" in mirror.requests
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_an_interrupted_install_resumes_in_the_next(mirror: Mirror, store: Store) -> None:
     part = store.root / "downloads" / f"{NAME}.part"
     part.parent.mkdir(parents=True)
@@ -163,6 +176,7 @@ async def test_an_interrupted_install_resumes_in_the_next(mirror: Mirror, store:
     assert "asset bytes=50000-" in mirror.requests
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_leftover_of_another_file_is_started_anew(mirror: Mirror, store: Store) -> None:
     part = store.root / "downloads" / f"{NAME}.part"
     part.parent.mkdir(parents=True)
@@ -171,6 +185,7 @@ async def test_a_leftover_of_another_file_is_started_anew(mirror: Mirror, store:
     assert mirror.requests[-1] == "asset"
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_server_that_ignores_ranges(mirror: Mirror, store: Store) -> None:
     async def whole(request: web.Request) -> web.Response:
         return web.Response(body=mirror.archive)
@@ -182,6 +197,7 @@ async def test_a_server_that_ignores_ranges(mirror: Mirror, store: Store) -> Non
     assert await fetch(mirror, store)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_wrong_hash_is_refused_and_deleted(mirror: Mirror, store: Store) -> None:
     mirror.digest = "0" * 64
     with pytest.raises(ChecksumMismatch, match="deleted"):
@@ -191,6 +207,7 @@ async def test_wrong_hash_is_refused_and_deleted(mirror: Mirror, store: Store) -
     assert store.installs() == []
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_the_pinned_hash_wins_over_the_index(mirror: Mirror, store: Store) -> None:
     right = hashlib.sha256(mirror.archive).hexdigest()
     with pytest.raises(ChecksumMismatch, match="index promises another"):
@@ -200,6 +217,7 @@ async def test_the_pinned_hash_wins_over_the_index(mirror: Mirror, store: Store)
     assert "/repos/ggml-org/llama.cpp/releases/tags/b9999" in mirror.requests
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_redirects_are_followed(mirror: Mirror, store: Store) -> None:
     async def moved(_request: web.Request) -> web.Response:
         raise web.HTTPFound("/moved")
@@ -208,6 +226,7 @@ async def test_redirects_are_followed(mirror: Mirror, store: Store) -> None:
     assert await fetch(mirror, store)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_redirect_without_end_is_an_error(mirror: Mirror, store: Store) -> None:
     async def loop(_request: web.Request) -> web.Response:
         raise web.HTTPFound("/asset")
@@ -217,6 +236,7 @@ async def test_a_redirect_without_end_is_an_error(mirror: Mirror, store: Store) 
         await fetch(mirror, store)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_slow_server_is_waited_for_while_it_sends(mirror: Mirror, store: Store) -> None:
     async def slow(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()
@@ -232,6 +252,7 @@ async def test_a_slow_server_is_waited_for_while_it_sends(mirror: Mirror, store:
     assert mirror.downloads == 1
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_a_silent_server_is_given_up(mirror: Mirror, store: Store) -> None:
     async def silent(request: web.Request) -> web.StreamResponse:
         await asyncio.sleep(60)
@@ -244,6 +265,7 @@ async def test_a_silent_server_is_given_up(mirror: Mirror, store: Store) -> None
     assert time.monotonic() - start < seconds(5)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_retry_after_is_obeyed_or_told(mirror: Mirror, store: Store) -> None:
     mirror.index_answers = [web.Response(status=429, headers={"Retry-After": "1"})]
     start = time.monotonic()
@@ -268,12 +290,14 @@ async def test_retry_after_is_obeyed_or_told(mirror: Mirror, store: Store) -> No
     ],
     ids=["404", "no JSON", "no index", "empty", "strange tag", "strange assets"],
 )
+@pytest.mark.usefixtures("unverified")
 async def test_a_bad_index_is_a_clear_error(mirror: Mirror, store: Store, answer: web.Response) -> None:
     mirror.index_answers = [answer]
     with pytest.raises(DownloadFailed):
         await fetch(mirror, store)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_more_bytes_than_promised_are_refused(mirror: Mirror, store: Store) -> None:
     async def more(_request: web.Request) -> web.Response:
         return web.Response(body=mirror.archive + b"x" * 1000)
@@ -283,6 +307,7 @@ async def test_more_bytes_than_promised_are_refused(mirror: Mirror, store: Store
         await fetch(mirror, store)
 
 
+@pytest.mark.usefixtures("unverified")
 async def test_an_archive_that_leads_outside_changes_nothing(mirror: Mirror, store: Store) -> None:
     kept = await fetch(mirror, store)
     mirror.tag, mirror.archive = "b10000", tarball(**{"../../evil": b"x"})

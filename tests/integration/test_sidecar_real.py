@@ -196,7 +196,7 @@ async def test_a_taken_port_means_another_one(tmp_path: Path, monkeypatch: pytes
             watcher = Watcher(running)
             client = await running.ensure_ready(seconds(20))
             assert client.base_url != f"http://127.0.0.1:{taken.getsockname()[1]}"
-            assert running.restarts == 1
+            assert running.restarts >= 1  # the next port may be taken as well on a busy machine
             crash = await watcher.state(State.BACKING_OFF)
             assert "port" in str(crash.error)
 
