@@ -141,17 +141,22 @@ class Announcing:
         blob = sign_record(flagged, self._identity, self._network, key)
         now = self._wall()
         own.shown = {k: shown for k, shown in own.shown.items() if shown.expires > now}
-        own.shown[key] = _Shown(blob, record.expires, [])
-        published = await self._publish(key, blob)
-        own.shown[key] = _Shown(blob, record.expires, published.holders)
+        before = own.shown.get(key)
+        own.shown[key] = _Shown(blob, record.expires, before.holders if before else [])
+        holders = await self._lookups.nearest(key)
+        # Noted before they are told: should we be interrupted, withdrawing reaches them all the same.
+        own.shown[key] = _Shown(blob, record.expires, holders)
+        published = await self._store(key, blob, holders)
         if depth == own.depth.depth and published.count:
             own.depth.count = published.count
         return published.replicas
 
     async def _publish(self, key: bytes, blob: bytes) -> Published:
+        return await self._store(key, blob, await self._lookups.nearest(key))
+
+    async def _store(self, key: bytes, blob: bytes, holders: list[Answer]) -> Published:
         if self._protocol.role is not Role.CLIENT:
             self._protocol.storage.put(key, blob, None, self._wall())
-        holders = await self._lookups.nearest(key)
         replies = await self._lookups.ask_all(holders, "store", [key, blob])
         replicas, counts = 0, []
         for reply in replies:
@@ -159,4 +164,4 @@ class Announcing:
                 case [_, _, int(outcome), int(count), *_]:
                     replicas += outcome == Outcome.STORED
                     counts.append(count)
-        return Published(holders, replicas, round(median(counts)) if counts else 0)
+        return Published(replicas, round(median(counts)) if counts else 0)

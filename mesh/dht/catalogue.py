@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from mesh.dht.crawl import Answer
 from mesh.dht.environment import Environment
 from mesh.dht.limits import (
     CATALOGUE_INTERVAL,
@@ -30,9 +29,8 @@ _CROWDED = 56
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """What became of a record: who was asked to hold it, how many took it, how many the key has now."""
+    """What became of a record: how many took it, how many the key has now."""
 
-    holders: list[Answer]
     replicas: int
     count: int
 

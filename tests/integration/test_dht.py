@@ -16,8 +16,9 @@ from typing import Any
 import msgpack
 import pytest
 
-from mesh.dht import Dht, Duplicate, limits
+from mesh.dht import Dht, Duplicate, Role, limits, probe
 from mesh.dht.datagrams import Codec
+from mesh.dht.lookups import Lookups
 from mesh.dht.store import Outcome
 from mesh.errors import ConfigurationError, DeadlineExceeded
 from mesh.identity import Identity
@@ -296,6 +297,67 @@ async def test_a_withdrawn_worker_is_gone_at_once() -> None:
         assert await nodes[4][0].models() == {}
 
 
+async def test_a_worker_that_leaves_while_it_announces_is_gone_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with mesh(4) as nodes:
+        await until(lambda: all(len(dht.peers) == 3 for dht, _ in nodes))
+        dht, identity = nodes[1]
+        sent, never = asyncio.Event(), asyncio.Event()
+        ask_all = Lookups.ask_all
+
+        async def slow(*arguments: Any) -> Any:
+            await ask_all(*arguments)
+            sent.set()
+            await never.wait()
+
+        monkeypatch.setattr(Lookups, "ask_all", slow)
+        announcing = asyncio.create_task(dht.announce(make_record(identity)))
+        await sent.wait()
+        announcing.cancel()
+        await asyncio.wait([announcing])
+        monkeypatch.undo()
+        assert len(await nodes[3][0].lookup("demo")) == 1
+        await dht.withdraw(make_record(identity))
+        assert await nodes[3][0].lookup("demo") == []
+
+
+async def test_a_newcomer_is_of_use_and_in_no_table_until_it_is_a_holder() -> None:
+    async with mesh(2) as nodes:
+        identity = Identity()
+        newcomer = Dht(identity, OPEN, role=Role.NEWCOMER)
+        async with running(newcomer, nodes[0][0]):
+            await until(lambda: len(newcomer.peers) == 2)
+            assert await newcomer.announce(make_record(identity)) == 2
+            assert len(await nodes[1][0].lookup("demo")) == 1
+            assert all(peer.id != identity.id for dht, _ in nodes for peer in dht.peers)
+            # who joins at it, finds the others through it
+            async with running(Dht(Identity(), OPEN), newcomer) as other:
+                await until(lambda: len(other.peers) == 3)
+            newcomer.role = Role.HOLDER
+            await newcomer.lookup("something else")
+            await until(lambda: all(identity.id in {peer.id for peer in dht.peers} for dht, _ in nodes))
+
+
+async def test_a_client_answers_the_pings_of_clients_alone() -> None:
+    identity = Identity()
+    async with running(Dht(identity, OPEN, role=Role.CLIENT)) as dht:
+        assert (await probe(*dht.address, OPEN)).peer_id == identity.id
+        async with running(Dht(Identity(), OPEN)) as holder:
+            with pytest.raises(DeadlineExceeded):
+                await holder.ping(*dht.address, 0.3)
+            assert holder.peers == []
+
+
+async def test_a_name_is_probed_at_all_its_addresses() -> None:
+    async with running(Dht(Identity(), OPEN)) as dht:
+        assert (await probe("localhost", dht.address[1], OPEN)).rtt > 0
+    with pytest.raises(DeadlineExceeded, match="no answer over UDP"):
+        await probe("localhost", dht.address[1], OPEN, 0.2)
+    with pytest.raises(OSError):
+        await probe("no-such-host.invalid", 1, OPEN, 0.2)
+
+
 async def test_many_workers_of_one_model_are_all_found() -> None:
     async with mesh(4) as nodes:
         await until(lambda: all(len(dht.peers) == 3 for dht, _ in nodes))
@@ -375,11 +437,12 @@ async def test_a_busy_port_is_an_oserror() -> None:
             await Dht(Identity(), OPEN).start(*dht.address)
 
 
-async def test_a_second_node_with_the_same_identity_is_noticed_by_both() -> None:
+@pytest.mark.parametrize("role", [Role.HOLDER, Role.NEWCOMER])
+async def test_a_second_node_with_the_same_identity_is_noticed_by_both(role: Role) -> None:
     async with mesh(4) as nodes:
         await until(lambda: all(len(dht.peers) == 3 for dht, _ in nodes))
         first, identity = nodes[2]
-        async with running(Dht(identity, OPEN), nodes[0][0]) as second:
+        async with running(Dht(identity, OPEN, role=role), nodes[0][0]) as second:
             noticed = await asyncio.wait_for(
                 asyncio.gather(first.duplicate(), second.duplicate()), seconds(10)
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from select import select
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,7 +203,9 @@ def test_what_a_node_publishes_is_there_while_it_runs(tmp_path: Path) -> None:
     assert running_node(tmp_path) is None
     folder.publish({"pid": os.getpid(), "address": "127.0.0.1:1"})
     assert running_node(tmp_path) == {"pid": os.getpid(), "address": "127.0.0.1:1"}
-    assert stat.S_IMODE((tmp_path / RUNTIME_FILE).stat().st_mode) == 0o600, "it may hold the secret of the mesh"
+    assert stat.S_IMODE((tmp_path / RUNTIME_FILE).stat().st_mode) == 0o600, (
+        "it may hold the secret of the mesh"
+    )
     folder.close()
     folder.close()
     assert running_node(tmp_path) is None
@@ -266,6 +270,35 @@ def test_no_socket_is_left_after_a_refusal() -> None:
         assert psutil.Process().num_fds() == before
 
 
+def test_the_default_is_for_both_ip_versions() -> None:
+    with bound("[::]:0") as (tcp, udp):
+        port = port_of(tcp)
+        for host in ("127.0.0.1", "::1"):
+            socket.create_connection((host, port), timeout=seconds(5)).close()
+            family = socket.AF_INET6 if ":" in host else socket.AF_INET
+            with closing(socket.socket(family, socket.SOCK_DGRAM)) as sender:
+                sender.sendto(host.encode(), (host, port))
+                assert select([udp], [], [], seconds(5))[0]
+                assert udp.recv(64) == host.encode()
+        with pytest.raises(ConfigurationError, match="in use"):
+            sockets.bind(f"127.0.0.1:{port}", or_next=False)
+
+
+@pytest.mark.parametrize("number", [errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL])
+def test_without_ipv6_it_is_ipv4(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnlyFour(socket.socket):
+        def __init__(
+            self, family: int = -1, kind: int = -1, proto: int = -1, fileno: int | None = None
+        ) -> None:
+            if family == socket.AF_INET6:
+                raise OSError(number, os.strerror(number))
+            super().__init__(family, kind, proto, fileno)
+
+    monkeypatch.setattr(socket, "socket", OnlyFour)
+    with bound("[::]:0") as (tcp, _):
+        assert tcp.getsockname()[0] == "0.0.0.0"
+
+
 @pytest.mark.parametrize("listen", ["192.0.2.1:0", "no.such.host.invalid:0"])
 def test_an_address_of_another_machine(listen: str) -> None:
     with pytest.raises(ConfigurationError, match="cannot be listened on") as refused:
@@ -302,19 +335,27 @@ def test_what_is_advertised_when_listening_everywhere(host: str, monkeypatch: py
         lambda: {
             "lo": [address(four, "127.0.0.1"), address(six, "::1")],
             "docker0": [address(four, "172.17.0.1")],
+            "br-0123456789ab": [address(four, "172.18.0.1")],
+            "br-lan": [address(six, "fd00::7")],
             "down0": [address(four, "192.168.7.7")],
             "eth0": [address(four, "8.8.8.7"), address(six, "fe80::1%eth0"), address(six, "2606:4700::7")],
             "wlan0": [address(four, "192.168.1.7"), address(four, "169.254.3.3")],
         },
     )
-    names = ("lo", "docker0", "down0", "eth0", "wlan0")
+    names = ("lo", "docker0", "br-0123456789ab", "br-lan", "down0", "eth0", "wlan0")
     monkeypatch.setattr(
         psutil, "net_if_stats", lambda: {name: SimpleNamespace(isup=name != "down0") for name in names}
     )
     found = sockets.advertised(Wildcard(host))  # type: ignore[arg-type]
     assert found[0] == "192.168.1.7:9470"
     assert "8.8.8.7:9470" in found
-    assert ("[2606:4700::7]:9470" in found) == (host == "::")
+    assert found == (
+        ("192.168.1.7:9470", "[fd00::7]:9470", "8.8.8.7:9470", "[2606:4700::7]:9470")
+        if host == "::"
+        else ("192.168.1.7:9470", "8.8.8.7:9470")
+    )
+    assert sockets.advertised(Wildcard(host), outside="9.9.9.9")[-1] == "9.9.9.9:9470"  # type: ignore[arg-type]
+    assert sockets.advertised(Wildcard(host), outside="8.8.8.7") == found  # type: ignore[arg-type]
     assert all(parse_address(one)[1] == 9470 for one in found)
     assert not {"127.0.0.1:9470", "172.17.0.1:9470", "192.168.7.7:9470", "169.254.3.3:9470"} & set(found)
-    assert sockets.local_address(Wildcard(host)) in {"127.0.0.1:9470", "[::1]:9470"}  # type: ignore[arg-type]
+    assert sockets.local_address(Wildcard(host)) == "127.0.0.1:9470"  # type: ignore[arg-type]
