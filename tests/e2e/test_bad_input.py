@@ -233,3 +233,11 @@ def test_a_prompt_that_is_no_text(home: Home, members: list[Member]) -> None:
 def test_another_network(home: Home, members: list[Member]) -> None:
     done = home.run("generate", PROMPT, "--network", "others", "--join", members[0].address)
     refused(done, ExitCode.UNREACHABLE, "network name")
+
+
+def test_a_cluster_that_cannot_start(home: Home, tmp_path: Path) -> None:
+    """What its first node said is told, and the others are ended."""
+    model = str(garbage(tmp_path))
+    done = home.run("cluster", "up", "-n", "2", "--model", model, "--data-dir", str(tmp_path / "cluster"))
+    refused(done, ExitCode.SERVER, "node 1 ended before it was ready", model)
+    assert not (tmp_path / "cluster" / "cluster.json").exists()

@@ -36,6 +36,8 @@ from tests.support import seconds
 pytestmark = pytest.mark.xdist_group("mesh")
 
 GREEDY: dict[str, Any] = {"temperature": 0, "ignore_eos": True}
+LONG = 1500
+"""Tokens of an answer that is longer than what a worker may send ahead, so that it cannot be done already."""
 
 
 @pytest.fixture
@@ -136,8 +138,8 @@ async def test_an_answer_in_progress_goes_on_from_another_worker(
     """Of the workers that answer, one is killed in mid-answer."""
     async with MeshClient(f"{newcomer.worker_id}@{newcomer.address}") as mesh:
         await until(lambda: knows(mesh, members[2]), 5)
-        whole = await mesh.generate(PROMPT, max_tokens=600, **GREEDY)
-        streams = [mesh.generate_stream(PROMPT, model=MODEL, max_tokens=600, **GREEDY) for _ in range(8)]
+        whole = await mesh.generate(PROMPT, max_tokens=LONG, **GREEDY)
+        streams = [mesh.generate_stream(PROMPT, model=MODEL, max_tokens=LONG, **GREEDY) for _ in range(8)]
         running = [aiter(stream) for stream in streams]
         begun = await asyncio.gather(*(anext(tokens) for tokens in running))
         (chosen, *_) = [index for index, token in enumerate(begun) if token.worker == newcomer.worker_id]
@@ -146,7 +148,7 @@ async def test_an_answer_in_progress_goes_on_from_another_worker(
         os.kill(newcomer.pid, signal.SIGKILL)
         rest = [token async for token in tokens]
     assert first.text + "".join(token.text for token in rest) == stream.completion().text
-    assert stream.completion().usage["completion_tokens"] == 600
+    assert stream.completion().usage["completion_tokens"] == LONG
     assert stream.completion().text == whole.text
     assert stream.explain.splices == 1
     assert [token.worker for token in rest if token.spliced] == [stream.explain.worker]
