@@ -123,7 +123,6 @@ class Metrics:
         prompt_tokens: int,
         answer_tokens: int,
         first_byte: float,
-        gaps: list[float],
         queue: float | None,
         attempts: int,
         splices: int,
@@ -140,9 +139,10 @@ class Metrics:
         self._attempts.labels(model).inc(attempts)
         self._splices.labels(model).inc(splices)
         self._hedges.labels(model).inc(hedges)
-        between = self._between.labels(model)
-        for gap in gaps:
-            between.observe(gap)
+
+    def between_pieces(self, model: str) -> Histogram:
+        """Where the seconds between two pieces of a streamed answer are observed."""
+        return self._between.labels(self._model(model))
 
     def exposition(self) -> bytes:
         """Everything in Prometheus's text format."""

@@ -41,8 +41,8 @@ class Call:
     """The code of the error that it ended with."""
     explain: Explanation | None = None
     first_byte: float | None = None
-    gaps: list[float] = field(default_factory=list)
-    """Between pieces of a streamed answer."""
+    pieces: int = 0
+    """Pieces of a streamed answer that were sent, usually one token each."""
     prompt_tokens: int = 0
     answer_tokens: int = 0
 
@@ -57,6 +57,11 @@ class Call:
         if self.endpoint is not None:
             return self.endpoint.form
         return Form.ANTHROPIC if "anthropic-version" in self.request.headers else Form.OPENAI
+
+    @property
+    def used(self) -> int:
+        """Tokens to charge; those of an answer that broke off are counted by its pieces."""
+        return self.prompt_tokens + (self.answer_tokens or self.pieces)
 
     def told(self, trailer: Mapping[str, Any]) -> None:
         """Take in what the worker told at the end: usage, else the server's timings."""

@@ -26,7 +26,7 @@ class Origins:
         """Whether a request may be answered, by its `Origin` and `Host`."""
         if origin is None or self._listed(origin):
             return True
-        return host is not None and urlsplit(origin).netloc.lower() == host.lower()
+        return host is not None and origin.partition("://")[2].lower() == host.lower()
 
     def headers(self, origin: str | None) -> dict[str, str]:
         """What lets a page of an allowed origin read the answer."""

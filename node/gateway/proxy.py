@@ -18,6 +18,7 @@ from node.gateway.intake import Budget, Intake, fields
 from node.gateway.limits import estimated_tokens
 from node.gateway.outlet import Outlet
 from node.gateway.waiting import Waiting
+from node.metrics import Metrics
 
 SERVER_ERROR = 500
 UNPROCESSABLE = 422
@@ -28,9 +29,16 @@ class Proxy:
     """The endpoints that workers answer."""
 
     def __init__(
-        self, mesh: Mesh, catalogue: Catalogue, waiting: Waiting, intake: Intake, budget: Budget
+        self,
+        mesh: Mesh,
+        catalogue: Catalogue,
+        waiting: Waiting,
+        intake: Intake,
+        budget: Budget,
+        metrics: Metrics,
     ) -> None:
         self._mesh = mesh
+        self._metrics = metrics
         self._catalogue = catalogue
         self._waiting = waiting
         self._intake = intake
@@ -51,7 +59,7 @@ class Proxy:
                     async with pings:
                         answer = await self._open(stack, call, endpoint, body, name)
                     return await self._deliver(call, outlet, answer)
-            except QMeshError as error:
+            except (QMeshError, OSError) as error:
                 failure = api_error(error)
             except ApiError as error:
                 failure = error
@@ -108,13 +116,15 @@ class Proxy:
 
     async def _stream(self, call: Call, outlet: Outlet, answer: RawAnswer) -> web.StreamResponse:
         await outlet.begin(answer.status, answer.content_type, routing_headers(answer.explain))
-        before: float | None = None
+        between = self._metrics.between_pieces(call.model or "")
+        before = 0.0
         async for data in answer:
             await outlet.write(data)
             now = time.monotonic()
-            if before is not None:
-                call.gaps.append(now - before)
+            if call.pieces:
+                between.observe(now - before)
             before = now
+            call.pieces += 1
         return await outlet.end()
 
     async def _whole(self, call: Call, outlet: Outlet, answer: RawAnswer) -> web.StreamResponse:
@@ -124,6 +134,7 @@ class Proxy:
                 status = UNPROCESSABLE if answer.status == SERVER_ERROR else answer.status
                 return outlet.whole(status, answer.content_type, body, headers)
             # A ping has promised a stream; what came instead is an error, as one event.
+            call.status = answer.status
             await outlet.write(b"data: " + body.replace(b"\n", b" ") + b"\n\n")
             return await outlet.end()
 

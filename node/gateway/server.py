@@ -37,6 +37,7 @@ log = logging.getLogger("qmesh.gateway")
 MOST_CONNECTIONS = 2048
 IDLE_SECONDS = 75.0
 """A connection without a request, or with one whose head does not come to an end, is closed after this."""
+HANDSHAKE_SECONDS = 10.0
 MAX_LINE = 8190
 MAX_HEADERS = 100
 CANCEL_SECONDS = 2.0
@@ -84,7 +85,7 @@ class Gateway:
         waiting = Waiting(mesh, catalogue, settings.wait_seconds)
         self.metrics = Metrics(status, lambda: waiting.count, lambda: len(self._running))
         intake = Intake(settings.max_body_mb << 20, budget)
-        self._proxy = Proxy(mesh, catalogue, waiting, intake, budget)
+        self._proxy = Proxy(mesh, catalogue, waiting, intake, budget, self.metrics)
         self._pages = Pages(catalogue, self.metrics)
         self._http: web.Server | None = None
         self._listening: asyncio.Server | None = None
@@ -112,7 +113,11 @@ class Gateway:
             logger=log,
         )
         self._listening = await asyncio.get_running_loop().create_server(
-            self._accept, sock=self._sock, ssl=self._tls, backlog=binding.BACKLOG
+            self._accept,
+            sock=self._sock,
+            backlog=binding.BACKLOG,
+            ssl=self._tls,
+            ssl_handshake_timeout=HANDSHAKE_SECONDS if self._tls is not None else None,
         )
 
     async def close(self, grace: float) -> None:
@@ -232,7 +237,7 @@ class Gateway:
         seconds = now - call.began
         explain = call.explain
         if call.allowance is not None and call.estimate:
-            call.allowance.settle(call.estimate, call.prompt_tokens + call.answer_tokens, now)
+            call.allowance.settle(call.estimate, call.used, now)
         self.metrics.request(call.name, call.model if explain else None, call.status, seconds)
         facts: dict[str, Any] = {
             "request": call.id,
@@ -251,7 +256,6 @@ class Gateway:
                 prompt_tokens=call.prompt_tokens,
                 answer_tokens=call.answer_tokens,
                 first_byte=call.first_byte,
-                gaps=call.gaps,
                 queue=explain.queue,
                 attempts=failed + 1,
                 splices=explain.splices,

@@ -189,6 +189,7 @@ def test_pages_of_other_sites() -> None:
     assert origins.permits("https://Chat.example", "127.0.0.1:9471")
     assert not origins.permits("https://evil.example", "127.0.0.1:9471")
     assert not origins.permits("null", "127.0.0.1:9471")
+    assert not origins.permits("http://[", "127.0.0.1:9471")
     assert not Origins([]).permits("https://chat.example", "x")
     assert Origins([]).headers("https://chat.example") == {}
     assert Origins(["*"]).preflight("https://a", None)["Access-Control-Allow-Origin"] == "https://a"

@@ -25,7 +25,7 @@ try {
 
 const endless = await client.completions.create({ model, prompt: "Once", max_tokens: 2000, stream: true });
 for await (const _ of endless) {
-  endless.controller.abort();
+  break; // leaving the loop closes the connection
 }
 seen.cancelled = endless.controller.signal.aborted;
 
