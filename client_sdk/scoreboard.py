@@ -121,6 +121,8 @@ class Scoreboard:
         score.foreign = max(0, busy + queue - score.in_flight)
         score.slots = slots
         score.reported_at = now
+        if queue < slots:
+            score.full_until = -math.inf  # there is room again
 
     def spoke(self, worker: bytes) -> None:
         """The worker began to answer: others need not wait for the end of that."""

@@ -1,11 +1,11 @@
 """Who may use the model's slots, in which order: a bounded queue, fair across peers. Pure.
 
 At most `slots` requests run; the others wait in one queue per (priority, peer). Higher priorities go
-first; within a priority the next slot goes to the peer that holds the fewest, and among those the peers
+first. Within a priority the next slot goes to the peer that holds the fewest, and among those the peers
 take turns by deficit round robin (Shreedhar and Varghese, 1996) weighed by the tokens they ask for, so
-that a peer with many large requests cannot crowd out one with few small ones. The queue holds `queue_limit` requests in all; a peer may fill it only while others
-do not ask: with the queue full, a newcomer with fewer waiting requests displaces the last request of
-the peer with the most.
+that a peer with many large requests cannot crowd out one with few small ones. The queue holds
+`queue_limit` requests in all; a peer may fill it only while others do not ask: with the queue full, a
+newcomer with fewer waiting requests displaces the last request of the peer with the most.
 """
 
 from __future__ import annotations
@@ -117,11 +117,14 @@ class Admission:
         self.slots = slots
         return self._fill(now)
 
-    def retry_after(self) -> float:
+    def retry_after(self, now: float) -> float:
         """Seconds after which a refused request can expect a place: the measured time per request
-        over the slots, for the half of the queue that must drain first; 1 s while nothing is known.
+        over the slots, for the half of the queue that must drain first. Before any request has ended, the
+        oldest running one is expected to take as long again as it has taken.
         """
-        per_request = 1.0 if self._service_time is None else self._service_time
+        per_request = self._service_time
+        if per_request is None:
+            per_request = 2 * max((now - (one.started or now) for one in self.running), default=0.0)
         return max(0.05, per_request * (1 + self._waiting / 2) / self.slots)
 
     def validate(self) -> None:

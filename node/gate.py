@@ -74,5 +74,6 @@ class Gate:
 
     def _overloaded(self) -> Overloaded:
         return Overloaded(
-            "every slot is busy and the queue is full", retry_after=self.admission.retry_after()
+            "every slot is busy and the queue is full",
+            retry_after=self.admission.retry_after(time.monotonic()),
         )

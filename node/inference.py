@@ -92,14 +92,16 @@ class Inference:
         path, deadline, priority = self._parse(stream, arrived)
         with _noted(stream, model.name, path):
             body = await _body(stream)
-            cost = _cost(body)
+            request = _decoded(body)
+            cost, streaming = _cost(request), request.get("stream") is True
+            one = Forwarding(stream, model, path, body, deadline, streaming)
             with self._charged(stream.peer_id, len(body) / BYTES_PER_TOKEN + cost) as used:
                 if path in GENERATING:
                     slot = model.gate.slot(stream.peer_id, cost=cost, priority=priority, deadline=deadline)
-                    await self._generate(slot, Forwarding(stream, model, path, body, deadline), used)
+                    await self._generate(slot, one, used)
                 else:
                     _check_ready(model)
-                    await self._forward(Forwarding(stream, model, path, body, deadline), 0.0, used)
+                    await self._forward(one, 0.0, used)
         self.served += 1
 
     @contextmanager
@@ -133,7 +135,7 @@ class Inference:
             try:
                 await self._forward(one, waited, used)
             except BaseException:
-                self._settling.spawn(_settle(one.model, stack.pop_all()), name="settle")
+                self._settling.spawn(_settle(one, stack.pop_all()), name="settle")
                 raise
 
     async def _forward(self, one: Forwarding, waited: float, used: Used) -> None:
@@ -190,6 +192,7 @@ class Forwarding:
     path: str
     body: bytes
     deadline: float | None
+    streaming: bool
 
 
 @dataclass(slots=True)
@@ -221,9 +224,9 @@ def _check_ready(model: ServedModel) -> None:
     raise Overloaded(f"{model.name} is starting", retry_after=LOADING_RETRY)
 
 
-async def _settle(model: ServedModel, slot: AsyncExitStack) -> None:
+async def _settle(one: Forwarding, slot: AsyncExitStack) -> None:
     async with slot:
-        await model.settled()
+        await one.model.settled(streaming=one.streaming)
 
 
 @contextmanager
@@ -282,14 +285,19 @@ async def _body(stream: Stream) -> bytes:
         raise RemoteDeadline(f"the request's body did not come within {BODY_PATIENCE:g} s") from None
 
 
-def _cost(body: bytes) -> float:
-    """Tokens that the request may take, for its weight in the queue. Raises BadRequest."""
+def _decoded(body: bytes) -> Mapping[str, Any]:
+    """The request. Raises BadRequest."""
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest("the request's body is not JSON") from error
     if not isinstance(request, dict):
         raise BadRequest("the request's body is not a JSON object")
+    return request
+
+
+def _cost(request: Mapping[str, Any]) -> float:
+    """Tokens that the request may take, for its weight in the queue."""
     for key in ("n_predict", "max_tokens", "max_completion_tokens", "max_output_tokens"):
         limit = request.get(key)
         if isinstance(limit, int) and limit > 0:

@@ -27,8 +27,10 @@ log = logging.getLogger("qmesh.node")
 CRASH_MEMORY = 600.0
 SMOOTHING = 0.2
 SETTLE_POLL = 0.01
-SETTLE = 2.0
-"""Seconds within which a server has ended a request that was cancelled."""
+QUIET = 1.05
+"""Seconds of silence after which a server has noticed that nobody waits for a whole answer any more."""
+SETTLE = 30.0
+"""Seconds after which a slot is given away although the server still works on a cancelled request."""
 
 
 class ServedModel:
@@ -46,6 +48,10 @@ class ServedModel:
         self._pool = pool
         self._folder = node.data_dir
         self._crashes: deque[float] = deque(maxlen=64)
+        self._processing = 0
+        """Slots at work when the server was last looked at."""
+        self._looked = 0.0
+        self._quiet = asyncio.Lock()
 
     @property
     def backend(self) -> Backend | None:
@@ -140,20 +146,42 @@ class ServedModel:
         if isinstance(prompt, int) and prompt >= 16:  # fewer tokens measure the overhead, not the speed
             self.prompt_speed = _smooth(self.prompt_speed, timings.get("prompt_per_second"))
 
-    async def settled(self) -> None:
+    async def settled(self, *, streaming: bool) -> None:
         """Wait until the server works on no more requests than the node has given it: a cancelled
         request occupies its slot a little longer. Bounded; returns early when the server is gone, and
         where it does not tell (a server of somebody else).
         """
-        until = time.monotonic() + SETTLE
+        since = time.monotonic()
+        until = since + SETTLE
         while self.backend and (client := self.backend.client) and time.monotonic() < until:
             try:
-                slots = await client.call("GET", "/slots", timeout=SETTLE)
+                if streaming:
+                    await asyncio.sleep(SETTLE_POLL)
+                    await self._look(client)
+                else:
+                    since = await self._look_quietly(client, since)
             except SidecarError:
                 return
-            if sum(bool(slot.get("is_processing")) for slot in slots) < self.gate.admission.busy:
+            if self._processing < self.gate.admission.busy:
                 return
-            await asyncio.sleep(SETTLE_POLL)
+
+    async def _look(self, client: SidecarClient) -> None:
+        slots = await client.call("GET", "/slots", timeout=SETTLE)
+        self._processing = sum(bool(slot.get("is_processing")) for slot in slots)
+        self._looked = time.monotonic()
+
+    async def _look_quietly(self, client: SidecarClient, since: float) -> float:
+        """Look once QUIET has passed since then, and since anybody looked: the server notices the end of a
+        connection on which it has sent nothing only when nothing happens for a second, and being looked at
+        is something. One look serves all who wait; returns when it was.
+        """
+        due = since + QUIET
+        async with self._quiet:
+            while self._looked < due and (wait := max(since, self._looked) + QUIET - time.monotonic()) > 0:  # noqa: ASYNC110 - the server tells nobody
+                await asyncio.sleep(wait)
+            if self._looked < due:
+                await self._look(client)
+        return self._looked
 
     def describe(self, machine: Sample, now: float) -> dict[str, Any]:
         """The model's part of `status`."""

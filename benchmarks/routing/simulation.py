@@ -396,7 +396,7 @@ class Simulation:
     def _refused(self, copy: Copy) -> None:
         self._close(copy)
         request, worker = copy.request, copy.worker
-        retry = min(60.0, worker.admission.retry_after())
+        retry = min(60.0, worker.admission.retry_after(self.clock.now))
         request.client.board.busy_until(worker.record.node_id, self.clock.now + retry)
         request.exclude.add(worker.record.node_id)
         if not request.copies:

@@ -94,7 +94,7 @@ class FakeModel:
     def __init__(self) -> None:
         self.gate = Gate(1)
 
-    async def settled(self) -> None:
+    async def settled(self, *, streaming: bool) -> None:
         return
 
 
@@ -228,13 +228,13 @@ def test_the_weight_of_a_request_is_bounded(limit: object, other: object) -> Non
         body = orjson.dumps({"n_predict": limit, "max_tokens": other})
     except TypeError:
         return
-    assert 1 <= inference._cost(body) <= MAX_COST
+    assert 1 <= inference._cost(inference._decoded(body)) <= MAX_COST
 
 
 def test_the_weight_is_the_limit_of_tokens() -> None:
-    assert inference._cost(b'{"max_tokens": 7}') == 7
-    assert inference._cost(b"{}") == inference.DEFAULT_COST
-    assert inference._cost(b'{"n_predict": -1}') == inference.DEFAULT_COST
+    assert inference._cost(inference._decoded(b'{"max_tokens": 7}')) == 7
+    assert inference._cost({}) == inference.DEFAULT_COST
+    assert inference._cost(inference._decoded(b'{"n_predict": -1}')) == inference.DEFAULT_COST
 
 
 async def test_only_the_nodes_own_key_may_go_first(served: Served) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client_sdk.scoreboard import BAN, FADE, LOAD_FADE, MAX_BAN, Mean, Scoreboard
@@ -59,6 +59,7 @@ def test_a_mean_starts_with_its_first_sample_and_moves_with_the_others() -> None
     assert 10 < mean.value < 20
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=30), st.floats(0.1, 1e6), st.floats(0, 1e5))
 def test_the_blend_lies_between_prior_and_measurement(samples: list[float], prior: float, age: float) -> None:
     mean = Mean()
@@ -158,6 +159,7 @@ def test_a_newcomer_without_measurements_is_tried_soon() -> None:
     assert chosen[new.node_id] > 30
 
 
+@settings(deadline=None)
 @given(st.integers(0, 60), st.integers(1, 16))
 def test_more_requests_never_make_a_worker_look_better(requests: int, slots: int) -> None:
     board = Scoreboard()
@@ -253,6 +255,7 @@ def test_an_overloaded_home_lets_its_conversations_overflow() -> None:
     assert other.chosen.load <= LOAD_BOUND * sum(one.load for one in other.candidates) / 3
 
 
+@settings(deadline=None)
 @given(
     st.lists(
         st.builds(

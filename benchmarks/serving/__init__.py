@@ -1,0 +1,1 @@
+"""What clients get of real nodes with real llama.cpp: slots, spreading, caches, hedging, overload."""

@@ -1,0 +1,107 @@
+"""Slots, spreading, caches, hedging and overload, measured on four real nodes on this machine.
+
+    python -m benchmarks.serving [--only slots spread cache hedging overload] [--quick]
+
+The clients, the nodes and their llama.cpp share the machine's cores: on a busy or small one the times are
+those of waiting for a core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+import uvloop
+
+from benchmarks.serving import hedging, overload, slots, spread
+from benchmarks.serving.common import quantile
+from node.cluster import Cluster
+
+PARTS = ("slots", "spread", "cache", "hedging", "overload")
+
+
+async def run(parts: list[str], *, quick: bool) -> None:
+    """Measure these parts."""
+    with tempfile.TemporaryDirectory(prefix="qmesh-serving-") as folder:
+        cluster = Cluster(Path(folder), attached=True)
+        try:
+            await cluster.up(4, ["--no-gateway"])
+            await _measure(cluster, parts, quick=quick)
+        finally:
+            await cluster.down()
+    if "overload" in parts:
+        with tempfile.TemporaryDirectory(prefix="qmesh-serving-") as folder:
+            cluster = Cluster(Path(folder), attached=True)
+            try:
+                (node,) = await cluster.up(1, ["--no-gateway", "--slots", "2"])
+                print("\noverload: one node with 2 slots")
+                print(overload.describe(await overload.run(node, 2, 5 if quick else 30)), flush=True)
+            finally:
+                await cluster.down()
+
+
+async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
+    members = cluster.members
+    if "slots" in parts:
+        print("until every slot of llama.cpp is free (median, worst; ms)")
+        for streaming in (True, False):
+            for way in slots.WAYS:
+                times = [
+                    await slots.freed_after(members, way, streaming=streaming)
+                    for _ in range(3 if quick else 10)
+                ]
+                kind = "stream" if streaming else "whole answer"
+                print(
+                    f"  {kind:16} {way:18} {quantile(times, 0.5) * 1000:6.0f} {max(times) * 1000:6.0f}",
+                    flush=True,
+                )
+    if "cache" in parts:
+        count = 2 if quick else 6
+        ours = await spread.cached(members, conversations=count)
+        chance = await spread.cached(members, conversations=count, by_chance=True)
+        print(
+            f"\nprompt tokens from the cache, conversations of 10 turns: {ours:.1%}; asking anybody: {chance:.1%}"
+        )
+    if "hedging" in parts:
+        print("\nfirst tokens, one of four workers ten times slower")
+        requests = 300 if quick else 1500
+        for name, change in (("the slow one changes", 60), ("the slow one stays", None)):
+            for hedged in (False, True):
+                one = await hedging.run(members, requests, hedged=hedged, change_every=change)
+                print(
+                    "  " + hedging.describe(f"{name}, {'hedged' if hedged else 'not hedged'}", one),
+                    flush=True,
+                )
+        freed = await hedging.losers(members, 5 if quick else 20)
+        print(
+            f"  the loser's slot is free after {quantile(freed, 0.5) * 1000:.0f} ms (median), "
+            f"{max(freed, default=0) * 1000:.0f} ms (worst of {len(freed)})",
+            flush=True,
+        )
+    if "spread" in parts:
+        for _ in range(3):
+            shares, ratio = await spread.burst(members)
+            print(f"\n100 requests at once over 4 workers: {sorted(shares.values())}, most/mean {ratio:.2f}")
+        early, late = await spread.after_a_death(cluster)
+        print(
+            f"a killed worker: {early} requests until its first failure was known, {late} after that",
+            flush=True,
+        )
+
+
+def main() -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--quick", action="store_true")
+    arguments = parser.parse_args()
+    uvloop.run(run(arguments.only, quick=arguments.quick))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""First tokens from four workers of which one is ten times slower, with and without asking a second one.
+
+A worker that is always slow is found out by its first answers and asked no more: hedging has nothing to do.
+What hurts is one that becomes slow. So the slow one changes, every so many requests; what it is like when it
+stays is measured too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from benchmarks.serving.common import GREEDY, MODEL, Slots, Slowed, quantile
+from client_sdk import MeshClient, RouteEvent
+from node.cluster import Member
+from tests.mesh_support import llama_of
+
+WORDS = ("fox", "bear", "tree", "river", "moon", "cake", "boat", "wind", "song", "stone")
+PROMPT_WORDS = 40
+TOKENS = 8
+WARM_UP = 48
+
+
+@dataclass
+class Run:
+    """What one run gave. Times in seconds."""
+
+    requests: int
+    first_tokens: list[float] = field(default_factory=list)
+    hedges: int = 0
+    won: int = 0
+    freed: list[float] = field(default_factory=list)
+    """From the winner's first token to the loser's slots being free."""
+
+    @property
+    def extra(self) -> float:
+        """Requests sent twice, as a share of all."""
+        return self.hedges / self.requests
+
+
+async def run(
+    members: Sequence[Member], requests: int, *, hedged: bool, change_every: int | None, at_once: int = 2
+) -> Run:
+    """Ask so many times. Without `change_every` the slow one stays the same."""
+    dice = random.Random(7)
+    result = Run(requests)
+    slow = Slowed()
+    pids = [llama_of(member.pid)[0].process.pid for member in members]
+
+    def count(event: RouteEvent) -> None:
+        result.hedges += event.kind == "hedge"
+
+    async with MeshClient([one.address for one in members], on_event=count) as mesh:
+        mesh._dispatcher.hedge_share = mesh._dispatcher.hedge_share if hedged else 0.0
+        await mesh.workers(MODEL)
+        for _ in range(WARM_UP):
+            await _ask(mesh, dice)
+        result.hedges = 0
+        numbers = iter(range(requests))
+
+        async def work() -> None:
+            for number in numbers:
+                if number % (change_every or requests) == 0:
+                    slow.slow_down(pids[dice.randrange(len(pids))])
+                took, won = await _ask(mesh, dice)
+                result.first_tokens.append(took)
+                result.won += won
+
+        with slow.running():
+            async with asyncio.TaskGroup() as group:
+                for _ in range(at_once):
+                    group.create_task(work())
+    return result
+
+
+async def losers(members: Sequence[Member], count: int) -> list[float]:
+    """Seconds from a hedge's first token until the slot of the one that lost is free, one request at a
+    time. The one that loses is stopped outright while it begins, and goes on once it has lost.
+    """
+    dice = random.Random(11)
+    freed: list[float] = []
+    numbers = {member.worker_id: number for number, member in enumerate(members)}
+    pids = [llama_of(member.pid)[0].process.pid for member in members]
+    lost: list[str] = []
+
+    def note(event: RouteEvent) -> None:
+        if event.kind == "hedge":
+            lost.append(event.worker)
+
+    async with (
+        MeshClient([one.address for one in members], on_event=note) as mesh,
+        Slots.of(members) as slots,
+    ):
+        await mesh.workers(MODEL)
+        for _ in range(WARM_UP):
+            await _ask(mesh, dice)
+        slow = Slowed()
+        with slow.running():
+            for number in range(60 * count):
+                if len(freed) >= count:
+                    break
+                if number % 6 == 0:
+                    slow.slow_down(dice.choice(pids))
+                lost.clear()
+                pieces = aiter(mesh.generate_stream(_prompt(dice), max_tokens=TOKENS, **GREEDY))
+                first = await anext(pieces)
+                began = time.perf_counter()
+                if lost and first.worker != lost[0]:
+                    slow.slow_down(None)
+                    await slots.until(0, number=numbers[lost[0]])
+                    freed.append(time.perf_counter() - began)
+                async for _ in pieces:
+                    pass
+    return freed
+
+
+async def _ask(mesh: MeshClient, dice: random.Random) -> tuple[float, bool]:
+    """Seconds to the first token, and whether it was a second worker's."""
+    began = time.perf_counter()
+    stream = mesh.generate_stream(_prompt(dice), max_tokens=TOKENS, **GREEDY)
+    first: float | None = None
+    async for _ in stream:
+        first = first or time.perf_counter() - began
+    assert first is not None
+    return first, stream.explain.hedged > 0
+
+
+def _prompt(dice: random.Random) -> str:
+    return " ".join(dice.choice(WORDS) for _ in range(PROMPT_WORDS))
+
+
+def describe(name: str, one: Run) -> str:
+    """One line."""
+    times = "  ".join(
+        f"p{share:g} {quantile(one.first_tokens, share / 100) * 1000:7.1f} ms" for share in (50, 95, 99)
+    )
+    return f"{name:28} {times}  sent twice {one.extra:.1%}, won {one.won}"
