@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -14,66 +12,12 @@ import pytest
 from client_sdk import MeshClient, Timeouts
 from mesh.errors import AllWorkersFailed, GenerationError, NoWorkers, ProtocolError, QMeshError
 from mesh.identity import Identity
-from mesh.network import Network
-from mesh.records import WorkerRecord, model_key, sign_record
-from mesh.transport import Stream, serve
+from mesh.records import model_key
+from mesh.transport import Stream
+from tests.sdk_support import MODEL, OPEN, Answer, client, client_of, node, record, says
 from tests.support import seconds
 
-MODEL = "m"
-OPEN = Network()
 QUICK = Timeouts(connect=seconds(2), first_token=seconds(2), between_tokens=seconds(2), find=seconds(2))
-
-Answer = Callable[[Stream], Any]
-
-
-@asynccontextmanager
-async def liar(identity: Identity, answers: Mapping[str, Answer]) -> AsyncIterator[str]:
-    """A node that answers methods as it likes; gives its address."""
-
-    async def handle(stream: Stream) -> None:
-        await answers[stream.method](stream)
-
-    listener = await serve("127.0.0.1", 0, identity=identity, network=OPEN, on_stream=handle)
-    try:
-        yield f"127.0.0.1:{listener.address[1]}"
-    finally:
-        await listener.close(0)
-
-
-@asynccontextmanager
-async def client(answers: Mapping[str, Answer], timeouts: Timeouts) -> AsyncIterator[MeshClient]:
-    """A client whose only entry node answers so."""
-    async with liar(Identity(), answers) as address, MeshClient(address, timeouts=timeouts) as mesh:
-        yield mesh
-
-
-@asynccontextmanager
-async def client_of(answers: Mapping[str, Answer], timeouts: Timeouts) -> AsyncIterator[MeshClient]:
-    """A client whose only worker answers so."""
-    worker = Identity()
-    async with liar(worker, answers) as where:
-        found = {"find": says({"records": [record(worker, where)]})}
-        async with client(found, timeouts) as mesh:
-            yield mesh
-
-
-def says(meta: Mapping[str, Any]) -> Answer:
-    async def answer(stream: Stream) -> None:
-        await stream.end(meta)
-
-    return answer
-
-
-def record(identity: Identity, *addresses: str, **facts: Any) -> list[bytes]:
-    """A worker's record as `find` tells it."""
-    key = model_key(OPEN, MODEL)
-    values: dict[str, Any] = {
-        "node_id": identity.id, "seq": int(time.time() * 1000), "expires": int(time.time()) + 60,
-        "addresses": addresses, "model": MODEL, "digest": bytes(16), "health": 90, "slots": 2, "context": 2048,
-        "generation_speed": 0.0, "prompt_speed": 0.0, "flags": frozenset(), "software": "liar",
-    }  # fmt: skip
-    return [key, sign_record(WorkerRecord(**(values | facts)), identity, OPEN, key)]
-
 
 # --- about workers and models
 
@@ -188,11 +132,11 @@ async def test_a_lying_worker_is_left_for_an_honest_one(
     """Both are equal in what they say of themselves, so that the liar is asked as well."""
     honest, false = Identity(), Identity()
     async with (
-        liar(honest, {"infer": infers(OK, TRUE, {})}) as good,
-        liar(false, {"infer": infers(head, body, trailer)}) as bad,
+        node(honest, {"infer": infers(OK, TRUE, {})}) as good,
+        node(false, {"infer": infers(head, body, trailer)}) as bad,
     ):
         found = says({"records": [record(honest, good, health=50), record(false, bad, health=100)]})
-        async with liar(Identity(), {"find": found}) as address:
+        async with node(Identity(), {"find": found}) as address:
             for _ in range(4):
                 async with MeshClient(address, timeouts=QUICK) as mesh:
                     stream = mesh.generate_stream("x", model=MODEL, temperature=0)
