@@ -15,7 +15,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 
 from zeroconf import Error as ZeroconfError
-from zeroconf import InterfaceChoice, IPVersion, ServiceStateChange, Zeroconf
+from zeroconf import IPVersion, ServiceStateChange, Zeroconf
 from zeroconf.asyncio import AsyncServiceBrowser, AsyncServiceInfo, AsyncZeroconf
 
 from mesh.interfaces import local_addresses
@@ -61,7 +61,7 @@ class Lan:
         while True:
             hosts = _announced(host)
             try:
-                zeroconf = AsyncZeroconf(interfaces=_interfaces(hosts), ip_version=_ip_version(hosts))
+                zeroconf = AsyncZeroconf(interfaces=list(hosts), ip_version=_ip_version(hosts))
                 try:
                     self.problem = None
                     await self._announce_and_search(zeroconf, hosts, host, port)
@@ -125,10 +125,6 @@ def _announced(host: str) -> list[str]:
 def _usable(host: str) -> bool:
     address = ip_address(host)
     return not (address.is_link_local or address.is_unspecified or address.is_multicast)
-
-
-def _interfaces(hosts: list[str]) -> list[str] | InterfaceChoice:
-    return InterfaceChoice.All if any(":" in host for host in hosts) else hosts
 
 
 def _ip_version(hosts: list[str]) -> IPVersion:
