@@ -18,6 +18,7 @@ from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -118,6 +119,7 @@ class Lab:
     def __init__(self) -> None:
         self._mark = f"{_PREFIX}-{os.getpid()}-{secrets.token_hex(2)}"
         self._namespaces: list[Namespace] = []
+        self._ports = count()
         self.router: Namespace
 
     def __enter__(self) -> Self:
@@ -179,30 +181,30 @@ class Lab:
     def host(self, name: str, switch: Switch, number: int) -> Namespace:
         """A machine on a LAN, with the router as its way to the others."""
         host = self._namespace(name)
-        port = f"{name}-port"
+        self.plug(host, switch, number)
+        ways = [f"{net}.1" for net in [switch.v4] if net] + [f"{net}::1" for net in [switch.v6] if net]
+        host.ip(*(f"route add default via {way}" for way in ways))
+        return host
+
+    def plug(self, host: Namespace, switch: Switch, number: int, interface: str = "eth0") -> None:
+        """Connect a machine to a LAN, where its address ends in `number`."""
+        port = f"p{next(self._ports)}"
         self.router.ip(
-            f"link add {port} type veth peer name eth0 netns {host.name}",
+            f"link add {port} type veth peer name {interface} netns {host.name}",
             f"link set {port} master {switch.name}",
             f"link set {port} up",
         )
         if not switch.multicast:
             self.router.nft(
-                f"table bridge quiet-{name} {{ chain forward {{ type filter hook forward priority 0; "
+                f"table bridge quiet-{port} {{ chain forward {{ type filter hook forward priority 0; "
                 f"iifname {port} udp dport 5353 drop; iifname {port} ip protocol igmp drop; }}\n}}"
             )
-        lines = ["link set eth0 up"]
+        lines = [f"link set {interface} up"]
         if switch.v4 is not None:
-            lines += [
-                f"addr add {switch.address(number)}/24 dev eth0",
-                f"route add default via {switch.v4}.1",
-            ]
+            lines.append(f"addr add {switch.address(number)}/24 dev {interface}")
         if switch.v6 is not None:
-            lines += [
-                f"addr add {switch.address(number, 6)}/64 dev eth0 nodad",
-                f"route add default via {switch.v6}::1",
-            ]
+            lines.append(f"addr add {switch.address(number, 6)}/64 dev {interface} nodad")
         host.ip(*lines)
-        return host
 
     def close(self) -> None:
         """End every process of the lab's machines, and the machines."""

@@ -17,12 +17,20 @@ async def test_across_lans_with_and_without_multicast_and_ip_versions(tmp_path: 
         home = lab.switch("home", "10.1.0", "fd00:1")
         guests = lab.switch("guests", v4="10.2.0", multicast=False)
         modern = lab.switch("modern", v6="fd00:3")
+        shed = lab.switch("shed", "10.4.0")
         async with Nodes(tmp_path) as nodes:
             a1, a2 = (nodes.add(f"a{n}", lab.host(f"a{n}", home, 10 + n)) for n in (1, 2))
             b1, b2 = (nodes.add(f"b{n}", lab.host(f"b{n}", guests, 10 + n)) for n in (1, 2))
             c1, c2 = (nodes.add(f"c{n}", lab.host(f"c{n}", modern, 10 + n)) for n in (1, 2))
-            r1, r2 = (nodes.add(f"r{n}", lab.host(f"r{n}", home, 20 + n), red) for n in (1, 2))
+            r1 = nodes.add("r1", lab.host("r1", home, 21), red)
+            r2 = nodes.add("r2", lab.host("r2", shed, 22), red)
             s1, s2 = (nodes.add(f"s{n}", lab.host(f"s{n}", home, 30 + n), blue) for n in (1, 2))
+
+            # a machine with containers, and one with two network cards
+            a1.machine.ip(
+                "link add docker0 type bridge", "link set docker0 up", "addr add 172.17.0.1/16 dev docker0"
+            )
+            lab.plug(r1.machine, shed, 21, "eth1")
 
             await a1.start()
             (invitation,) = (await a1.command("invite"))[1]
