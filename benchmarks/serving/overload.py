@@ -12,7 +12,8 @@ from mesh.transport import Connection
 from node.cluster import Member
 from tests.mesh_support import ask, completion, connected
 
-TOKENS = 150
+TOKENS = 1200
+"""Long answers: the flood is to be one of work, not of packets that take the model's cores."""
 PATIENCE = 60.0
 
 
@@ -36,21 +37,23 @@ class Outcome:
     """From the last request's end until nothing runs or waits."""
 
 
-async def run(member: Member, slots: int, seconds: float, *, times: float = 10.0) -> Outcome:
+async def run(
+    member: Member, slots: int, seconds: float, *, times: float = 10.0, tokens: int = TOKENS
+) -> Outcome:
     """Flood one node with `times` its capacity."""
     outcome = Outcome()
     async with connected(member) as heavy, connected(member) as light, Slots.of([member]) as busy:
-        outcome.capacity = await _capacity(heavy, slots)
+        outcome.capacity = await _capacity(heavy, slots, tokens)
         for _ in range(15):
-            outcome.quiet.append(await _answer(light))
+            outcome.quiet.append(await _answer(light, tokens))
         rate = times * outcome.capacity
         began = time.perf_counter()
         async with asyncio.TaskGroup() as group:
-            peer = group.create_task(_light(light, outcome, began + seconds))
+            peer = group.create_task(_light(light, outcome, tokens, began + seconds))
             number = 0
             while time.perf_counter() < began + seconds:
                 number += 1
-                group.create_task(_heavy(heavy, outcome))
+                group.create_task(_heavy(heavy, outcome, tokens))
                 await asyncio.sleep(max(0.0, began + number / rate - time.perf_counter()))
             outcome.offered = number / (time.perf_counter() - began)
             await peer
@@ -67,29 +70,29 @@ async def _loaded(connection: Connection) -> bool:
     return bool(load["busy"] or load["queue"])
 
 
-async def _capacity(connection: Connection, slots: int) -> float:
+async def _capacity(connection: Connection, slots: int, tokens: int) -> float:
     async def work() -> None:
         for _ in range(4):
-            await _answer(connection)
+            await _answer(connection, tokens)
 
-    await _answer(connection)
+    await _answer(connection, tokens)
     began = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(slots)))
     return 4 * slots / (time.perf_counter() - began)
 
 
-async def _answer(connection: Connection) -> float:
+async def _answer(connection: Connection, tokens: int) -> float:
     began = time.perf_counter()
-    async with await connection.open("infer", completion(TOKENS)) as stream:
+    async with await connection.open("infer", completion(tokens)) as stream:
         while await stream.read(timeout=PATIENCE) is not None:
             pass
     return time.perf_counter() - began
 
 
-async def _heavy(connection: Connection, outcome: Outcome) -> None:
+async def _heavy(connection: Connection, outcome: Outcome, tokens: int) -> None:
     began = time.perf_counter()
     try:
-        async with await connection.open("infer", completion(TOKENS)) as stream:
+        async with await connection.open("infer", completion(tokens)) as stream:
             await stream.head(timeout=PATIENCE)
             outcome.accepted += 1
             while await stream.read(timeout=PATIENCE) is not None:
@@ -103,10 +106,10 @@ async def _heavy(connection: Connection, outcome: Outcome) -> None:
         outcome.broken.append(f"{type(error).__name__}: {error}")
 
 
-async def _light(connection: Connection, outcome: Outcome, until: float) -> None:
+async def _light(connection: Connection, outcome: Outcome, tokens: int, until: float) -> None:
     await asyncio.sleep(0.5)
     while time.perf_counter() < until - 0.5:
-        outcome.light.append(await _answer(connection))
+        outcome.light.append(await _answer(connection, tokens))
         await asyncio.sleep(0.05)
 
 
