@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PACKAGES := mesh sidecar node client_sdk
+RUNTIME := $(HOME)/.cache/qmesh/runtime
 
 .PHONY: demo test system check bench fuzz sim lock clean
 
@@ -17,9 +17,10 @@ test: $(READY)
 # JavaScript client, and the sidecar's tests on a llama-server that `runtime build` made.
 system: $(READY)
 	@$(BIN)/pytest -q tests/netns tests/system
-	@$(BIN)/qmesh-node runtime build --quiet
-	@QMESH_TEST_LLAMA_SERVER="$$($(BIN)/qmesh-node runtime ls --json | $(BIN)/python -m tests.system.server)" \
-		$(BIN)/pytest -q -n 2 tests/integration/test_sidecar_real.py tests/integration/test_sidecar_engine.py
+	@server=$$($(BIN)/qmesh-node runtime build --runtime-dir $(RUNTIME) --quiet --json | tail -n 1) && \
+		QMESH_TEST_LLAMA_SERVER=$$(echo "$$server" | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["path"])') \
+		$(BIN)/pytest -q -n 2 tests/integration/test_sidecar_real.py tests/integration/test_sidecar_engine.py \
+		tests/integration/test_sidecar_pool.py
 
 check: $(READY)
 	@$(BIN)/ruff format --check .
