@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -17,6 +18,7 @@ from mesh.address import Address, format_address, parse_address
 from mesh.dht import probe
 from mesh.errors import AuthenticationError, ConfigurationError, ProtocolError, QMeshError
 from mesh.identity import Identity
+from mesh.interfaces import local_addresses
 from mesh.keystore import load_identity
 from mesh.network import Network
 from mesh.transport import connect
@@ -229,6 +231,22 @@ async def check_targets(targets: Iterable[Address], identity: Identity, network:
     """All nodes that are to be reached, at the same time."""
     found = await asyncio.gather(*(reach(target, identity, network) for target in targets))
     return [check for one in found for check in judge(one)]
+
+
+def within_reach(addresses: Iterable[str]) -> list[Address]:
+    """Those that this machine could reach: it may lack the IP version of others.
+
+    Peers of the LAN tell addresses of both.
+    """
+    own = [ip_address(host) for host in local_addresses()]
+    lacking = {4, 6} - {address.version for address in own} if own else set()
+    found = []
+    for host, port in map(parse_address, addresses):
+        with suppress(ValueError):
+            if ip_address(host).version in lacking:
+                continue
+        found.append((host, port))
+    return found
 
 
 def check_running(status: dict[str, Any]) -> list[Check]:

@@ -77,10 +77,9 @@ def doctor(
 ) -> None:
     """Check this machine and the nodes it should reach; says cause and fix for whatever is wrong."""
     with reporting(as_json=as_json):
-        from mesh.address import parse_address
         from node.cli.entry import ask_local, local_network, own_identity
         from node.config import default_data_dir
-        from node.diagnose import check_running, check_targets, local_checks
+        from node.diagnose import check_running, check_targets, local_checks, within_reach
         from node.folder import running_node
         from node.membership import resolve
 
@@ -93,7 +92,7 @@ def doctor(
             status = dict(asyncio.run(ask_local(data_dir, "status")))
             checks += check_running(status)
             mesh = local_network(data_dir) if not join else mesh
-            unreached = [parse_address(one) for one in status["contacts"]["unreached"]]
+            unreached = within_reach(status["contacts"]["unreached"])
             targets += [one for one in unreached if one not in targets][:MOST_UNREACHED]
         if targets and checks[0].ok:
             checks += asyncio.run(check_targets(targets, own_identity(data_dir), mesh))

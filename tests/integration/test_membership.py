@@ -91,6 +91,10 @@ async def test_a_private_mesh_from_its_founding_to_its_closed_door(tmp_path: Pat
             assert code == 3
             assert printed[-1]["event"] in {"stopped", "error"}
             assert any("identity of this one" in str(event.get("error")) for event in printed)
+            log = second / "logs" / "node.log"
+            async with asyncio.timeout(seconds(10)):
+                while "was started with the identity of this one" not in log.read_text():  # noqa: ASYNC110 - a file has no event
+                    await asyncio.sleep(0.1)
     assert (await run("leave", folder=second))[1] == [{"left": True}]
 
 

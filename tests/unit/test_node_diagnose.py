@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from node.diagnose import Check, Reach, check_running, judge, local_checks
+from node.diagnose import Check, Reach, check_running, judge, local_checks, within_reach
 
 
 def reached(**facts: Any) -> Reach:
@@ -67,6 +67,23 @@ def test_the_clock_of_the_minority_is_wrong() -> None:
     }
     assert list(bad(check_running(status(3600)))) == ["clock of 10.0.0.0:1"], "one against one: who can tell"
     assert bad(check_running(status(5, -5))) == {}
+
+
+@pytest.mark.parametrize(
+    ("own", "reachable"),
+    [
+        (["10.0.0.9"], ["10.0.0.1", "name.example"]),
+        (["fd00::9"], ["fd00::1", "name.example"]),
+        (["10.0.0.9", "fd00::9"], ["10.0.0.1", "fd00::1", "name.example"]),
+        ([], ["10.0.0.1", "fd00::1", "name.example"]),
+    ],
+)
+def test_addresses_of_an_ip_version_that_is_not_there_are_left_out(
+    own: list[str], reachable: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("node.diagnose.local_addresses", lambda: own)
+    told = ["10.0.0.1:1", "[fd00::1]:1", "name.example:1"]
+    assert [host for host, _ in within_reach(told)] == reachable
 
 
 def test_nobody_known() -> None:
