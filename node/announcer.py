@@ -95,8 +95,11 @@ class Announcer:
         current = {name: describe(0, 0) for name, describe in self._models().items()}
         if current.keys() != self._announced.keys():
             return True
+        now = time.time()
         for name, record in current.items():
             before = self._announced[name]
+            if before.expires - now < RECORD_TTL / 2:
+                return True  # the machine slept: monotonic clocks need not count that
             if abs(record.health - before.health) >= HEALTH_STEP or (not record.health) != (
                 not before.health
             ):

@@ -154,6 +154,18 @@ async def test_a_change_that_does_not_matter_waits(change: dict[str, object]) ->
         assert len(one.dht.announced) == 1
 
 
+async def test_after_the_machine_slept_it_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running("a") as one:
+        await one.dht.wait(1)
+        one.announcer.changed()
+        await one.quiet()
+        assert len(one.dht.announced) == 1
+        later = time.time() + 600
+        monkeypatch.setattr("node.announcer.time.time", lambda: later)
+        one.announcer.changed()
+        assert (await one.dht.wait(2)).expires == int(later + RECORD_TTL)
+
+
 async def test_small_changes_add_up() -> None:
     async with running("a") as one:
         await one.dht.wait(1)
