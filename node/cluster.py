@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import random
 import subprocess
 import sys
 import time
@@ -127,18 +128,30 @@ class Cluster:
         return self.members
 
     async def restart(self, member: Member) -> Member:
-        """Start a dead member again in its folder, joined to one that lives; returns the new member.
-
-        Raises ClusterError.
+        """Start a dead member again in its folder and at its address, joined to one that lives; returns the
+        new member. Raises ClusterError.
         """
         await self._ended([member], STOP_TIMEOUT)
         alive = [other for other in self.members if other is not member and other.process()]
         join = ["--join", alive[0].address] if alive else []
         self.members.remove(member)
-        fresh = self._spawn(member.number, [*self._extra, *join])
+        fresh = self._spawn(member.number, [*self._extra, "--listen", member.address, *join])
         fresh.ready = await _event(fresh, "ready")
         self._save()
         return fresh
+
+    async def kill_every(self, seconds: float, tell: Callable[[Member, str], None]) -> None:
+        """Kill a random member (SIGKILL) every so many seconds and start it again, until cancelled. `tell`
+        gets each member that was "killed" or is "back". Raises ClusterError.
+        """
+        while True:
+            await asyncio.sleep(seconds)
+            member = random.choice(self.members)  # noqa: S311 - no secret
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if process := member.process():
+                    process.kill()
+            tell(member, "killed")
+            tell(await self.restart(member), "back")
 
     async def down(self) -> int:
         """End every node, by SIGTERM and at last by SIGKILL; returns how many were running."""

@@ -12,7 +12,7 @@ from mesh.transport import Connection
 from node.cluster import Member
 from tests.mesh_support import ask, completion, connected
 
-TOKENS = 1200
+TOKENS = 600
 """Long answers: the flood is to be one of work, not of packets that take the model's cores."""
 PATIENCE = 60.0
 

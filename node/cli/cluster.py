@@ -35,6 +35,15 @@ def up(
     slots: Annotated[
         int | None, typer.Option(min=1, max=256, help="Answers at the same time, per node.")
     ] = None,
+    kill_every: Annotated[
+        float | None,
+        typer.Option(
+            "--kill-every",
+            metavar="SECONDS",
+            min=0.1,
+            help="Stay, kill a random node (SIGKILL) every so often and start it again; Ctrl-C ends the cluster.",
+        ),
+    ] = None,
     data_dir: Folder = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -57,13 +66,27 @@ def up(
                     quiet=quiet,
                 )
 
-        cluster = Cluster(_folder(data_dir), attached=False)
-        asyncio.run(cluster.up(count, extra, tell))
-        if not as_json:
-            progress(
-                f"try: qmesh-node generate 'Once upon a time' --join {cluster.members[0].address}",
-                quiet=quiet,
-            )
+        def tell_fate(member: Member, fate: str) -> None:
+            if as_json:
+                data({"event": fate, "number": member.number, "worker_id": member.worker_id})
+            else:
+                progress(f"node {member.number}: {fate}", quiet=quiet)
+
+        async def work() -> None:
+            await cluster.up(count, extra, tell)
+            if not as_json:
+                progress(
+                    f"try: qmesh-node generate 'Once upon a time' --join {cluster.members[0].address}",
+                    quiet=quiet,
+                )
+            if kill_every is not None:
+                try:
+                    await cluster.kill_every(kill_every, tell_fate)
+                finally:
+                    await cluster.down()
+
+        cluster = Cluster(_folder(data_dir), attached=kill_every is not None)
+        asyncio.run(work())
 
 
 @app.command()

@@ -1,0 +1,36 @@
+"""`cluster up --kill-every`: nodes die and come back at their address until Ctrl-C, which ends them all."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+from pathlib import Path
+
+from tests.mesh_support import Command
+from tests.support import seconds
+
+
+def test_nodes_are_killed_and_come_back_until_ctrl_c(tmp_path: Path) -> None:
+    command = Command(tmp_path / "home")
+    folder = tmp_path / "cluster"
+    arguments = ["cluster", "up", "-n", "2", "--kill-every", "0.2", "--data-dir", str(folder), "--json"]
+    try:
+        with subprocess.Popen(
+            [command.program, *arguments], env=command.environ, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None
+            events = []
+            for line in process.stdout:
+                events.append(json.loads(line))
+                if events[-1]["event"] == "back":
+                    break
+            process.send_signal(signal.SIGINT)
+            assert process.wait(seconds(40)) == 130
+        assert [event["event"] for event in events] == ["ready", "ready", "killed", "back"]
+        killed, back = events[-2:]
+        assert killed["worker_id"] == back["worker_id"] in {event["worker_id"] for event in events[:2]}
+        assert command.marked.gone(10) == []
+        assert not (folder / "cluster.json").exists()
+    finally:
+        command.marked.kill()
