@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 from pathlib import Path
 
-from tests.mesh_support import Command
+from tests.mesh_support import Home
 from tests.support import seconds
 
 
 def test_nodes_are_killed_and_come_back_until_ctrl_c(tmp_path: Path) -> None:
-    command = Command(tmp_path / "home")
-    folder = tmp_path / "cluster"
+    home, folder = Home(tmp_path / "home"), tmp_path / "cluster"
     arguments = ["cluster", "up", "-n", "2", "--kill-every", "0.2", "--data-dir", str(folder), "--json"]
     try:
-        with subprocess.Popen(
-            [command.program, *arguments], env=command.environ, stdout=subprocess.PIPE, text=True
-        ) as process:
+        with home.running(*arguments) as process:
             assert process.stdout is not None
             events = []
             for line in process.stdout:
@@ -30,7 +26,7 @@ def test_nodes_are_killed_and_come_back_until_ctrl_c(tmp_path: Path) -> None:
         assert [event["event"] for event in events] == ["ready", "ready", "killed", "back"]
         killed, back = events[-2:]
         assert killed["worker_id"] == back["worker_id"] in {event["worker_id"] for event in events[:2]}
-        assert command.marked.gone(10) == []
+        assert home.marked.gone(10) == []
         assert not (folder / "cluster.json").exists()
     finally:
-        command.marked.kill()
+        home.marked.kill()
