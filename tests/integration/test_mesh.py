@@ -159,7 +159,7 @@ async def test_a_deadline_ends_an_answer(members: list[Member]) -> None:
             with pytest.raises(RemoteDeadline):
                 while await stream.read(timeout=seconds(10)) is not None:
                     pass
-    await until(lambda: idle(members[:1]), 2)
+    await until(lambda: idle(members[:1]), 5)
 
 
 async def test_nobody_at_the_entry() -> None:
@@ -222,7 +222,7 @@ async def test_a_tampered_byte_closes_the_connection(members: list[Member], dire
         assert connection.closed
         with pytest.raises(QMeshError):
             await connection.open("status", {})
-    await until(lambda: idle(members[:1]), 2)
+    await until(lambda: idle(members[:1]), 5)
 
 
 async def test_a_tampered_answer_comes_from_elsewhere(members: list[Member]) -> None:
@@ -295,7 +295,7 @@ async def test_leaving_an_answer_frees_the_slot(mesh: MeshClient, members: list[
         await anext(tokens)
         assert not await idle(members)
         await (stream.aclose() if way == "aclose" else mesh.close())
-    await until(lambda: idle(members), 1)
+    await until(lambda: idle(members), 5)
     assert stream.completion().text
     assert stream.completion().finish_reason is None
 
@@ -318,7 +318,7 @@ async def test_a_queue_is_fair_and_honest(members: list[Member]) -> None:
     assert set(outcomes) == {"answered", "Overloaded"}
     # two slots and eight places in the queue
     assert outcomes["answered"] >= 10
-    await until(lambda: idle(members), 2)
+    await until(lambda: idle(members), 5)
 
 
 async def test_more_requests_than_places_are_all_answered_by_waiting(mesh: MeshClient) -> None:
@@ -340,7 +340,7 @@ def test_the_blocking_client(members: list[Member]) -> None:
         assert mesh.chat("Hello", max_tokens=4).message
         for _ in mesh.chat_stream("Tell me a story.", max_tokens=1500, ignore_eos=True):
             break
-        asyncio.run(until(lambda: idle(members), 2))
+        asyncio.run(until(lambda: idle(members), 5))
         with pytest.raises(NoWorkers):
             mesh.generate(PROMPT, model="no-such-model")
         with ThreadPoolExecutor(8) as pool:
