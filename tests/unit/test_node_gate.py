@@ -134,7 +134,9 @@ async def test_a_full_queue_refuses_with_a_time() -> None:
         with pytest.raises(Overloaded) as refused:
             async with gate.slot(b"p", cost=1, priority=0, deadline=None):
                 pass
-        assert refused.value.retry_after == pytest.approx(gate.admission.retry_after(time.monotonic()), rel=0.5)
+        assert refused.value.retry_after == pytest.approx(
+            gate.admission.retry_after(time.monotonic()), rel=0.5
+        )
         for request in requests:
             await request.end()
 
