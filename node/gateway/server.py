@@ -82,7 +82,7 @@ class Gateway:
         self._idle.set()
         budget = Budget()
         catalogue = Catalogue(mesh, settings, lambda: _states(status()))
-        waiting = Waiting(mesh, catalogue, settings.wait_seconds)
+        self._waiting = waiting = Waiting(mesh, catalogue, settings.wait_seconds)
         self.metrics = Metrics(status, lambda: waiting.count, lambda: len(self._running))
         intake = Intake(settings.max_body_mb << 20, budget)
         self._proxy = Proxy(mesh, catalogue, waiting, intake, budget, self.metrics)
@@ -125,6 +125,7 @@ class Gateway:
         mesh. Idempotent.
         """
         self._stopping = True
+        self._waiting.close()
         if self._listening is not None:
             self._listening.close()
         else:

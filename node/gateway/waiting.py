@@ -24,6 +24,11 @@ class Waiting:
         self.limit = limit
         self._looks: dict[str | None, tuple[Remembered[bool], int]] = {}
         self.count = 0
+        self._closed = False
+
+    def close(self) -> None:
+        """Nobody waits any more: the gateway is stopping."""
+        self._closed = True
 
     async def for_worker(self, model: str | None, until: float, reason: QMeshError) -> None:
         """Return when the model has a worker that can be asked.
@@ -38,14 +43,15 @@ class Waiting:
         self.count += 1
         look = self._enter(model)
         try:
-            while (left := until - time.monotonic()) > 0:
+            while (left := until - time.monotonic()) > 0 and not self._closed:
                 await asyncio.sleep(min(POLL, left))
                 if await look.get():
                     return
         finally:
             self.count -= 1
             self._leave(model)
-        raise await self._unavailable(model, reason, f"none came within {self.limit:g} s")
+        why = "the gateway is stopping" if self._closed else f"none came within {self.limit:g} s"
+        raise await self._unavailable(model, reason, why)
 
     def _enter(self, model: str | None) -> Remembered[bool]:
         look, users = self._looks.get(model) or (Remembered(lambda: self._present(model), POLL / 2), 0)

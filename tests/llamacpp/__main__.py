@@ -75,7 +75,7 @@ def run(tests: Path, files: list[str], server: Path, via: str, folder: Path) -> 
         port = probe.getsockname()[1]
     environment = {
         **os.environ,
-        "QMESH_OWN_TESTS": json.dumps(settings),
+        "LLAMA_OWN_TESTS": json.dumps(settings),
         "LLAMA_SERVER_BIN_PATH": str(launcher),
         "PORT": str(port),
         "PYTHONPATH": f"{tests}{os.pathsep}{ROOT}",

@@ -1,6 +1,6 @@
 """Stands in for the llama-server binary in llama.cpp's own tests; see `tests.llamacpp.__main__`.
 
-QMESH_OWN_TESTS holds JSON: `via` is `direct` (run the real server, with our model in the place of the one
+LLAMA_OWN_TESTS holds JSON: `via` is `direct` (run the real server, with our model in the place of the one
 that would be downloaded) or `mesh` (run a node that supervises it, with its gateway where the tests expect
 the server). The node's process replaces this one, so that the tests' signals reach it.
 """
@@ -23,7 +23,7 @@ CONTEXT = 2048
 
 def main() -> None:
     """Replace this process by the server or the node."""
-    settings = json.loads(os.environ["QMESH_OWN_TESTS"])
+    settings = json.loads(os.environ["LLAMA_OWN_TESTS"])
     values, rest = split(sys.argv[1:])
     if settings["via"] == "direct":
         own = [text for name in TAKEN if name in values for text in (name, values[name])]

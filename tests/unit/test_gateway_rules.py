@@ -362,6 +362,10 @@ async def test_waiting_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert late.value.status == 503
     assert late.value.details["mesh"]["reachable"] is False
     assert "nobody is there" in late.value.message
+    stopped = Waiting(stub, names, 60.0)
+    stopped.close()
+    with pytest.raises(ApiError, match="stopping"):
+        await stopped.for_worker("model", now + 60, reason)
     monkeypatch.setattr(waiting_module, "MOST_WAITING", 0)
     with pytest.raises(ApiError, match="too many"):
         await Waiting(stub, names, 5).for_worker("model", now + 5, reason)
