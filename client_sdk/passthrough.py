@@ -6,7 +6,9 @@ the next one is made to say what is missing, and its events are fitted on:
 replay   The same request again; sampling is made repeatable by a seed, which is added where the caller
          gave none. What was delivered already is compared (texts, not times or ids) and dropped.
 prefill  A chat of which only plain text was delivered goes on from that text as an unfinished message,
-         which costs one reading of the prompt instead of writing everything again.
+         which costs one reading of the prompt instead of writing everything again. With a limit of tokens
+         only where it is known how many were delivered: an event is one token, unless the server held text
+         back, which it does for stop strings and in the middle of a character that is not ASCII.
 
 Ids and times of the first worker are kept in the events of the later ones, so that the caller sees one
 answer. Bodies that are no event streams are held until they are whole: they can always be asked again.
@@ -60,6 +62,10 @@ class Passthrough:
         self._text: str | None = "" if path == "/v1/chat/completions" else None
         """The plain text of a chat so far; None once something else was delivered."""
         self._tokens = 0
+        self._counted = not self.body.get("stop")
+        """Whether `_tokens` is exact."""
+        self._resent = 0
+        """Tokens that the current worker got as part of its prompt."""
         self._first: dict[str, Any] = {}
 
     @property
@@ -74,14 +80,16 @@ class Passthrough:
         """
         self._rest.clear()
         self._replayed = 0
+        self._resent = 0
         if not self.started:
             self.way = Way.START
             return orjson.dumps(self.body)
         if self._size > MAX_JOURNAL:
             raise self.lost(f"it is longer than the {MAX_JOURNAL} bytes that are kept for that")
-        greedy = self.body.get("temperature") == 0
-        if self._text and (self._no_replay or (self._own_seed and not (greedy and took <= REPLAY_WITHIN))):
+        quick = self.body.get("temperature") == 0 and took <= REPLAY_WITHIN
+        if self._text and (self._no_replay or (self._own_seed and not quick and self._within_limits)):
             self.way = Way.PREFILL
+            self._resent = self._tokens
             return orjson.dumps(self._prefilled(self._text))
         if self._no_replay or self.path not in _SEEDED:
             raise self.lost("this kind of answer cannot be repeated exactly")
@@ -166,6 +174,7 @@ class Passthrough:
             if delta.get("content"):
                 self._text += delta["content"]
                 self._tokens += 1
+                self._counted &= str(delta["content"]).isascii()
 
     def _fitted(self, event: bytes) -> bytes:
         """An event of a later worker as the caller is to see it; empty where it was delivered before."""
@@ -210,6 +219,12 @@ class Passthrough:
             return False
         return bool(old == new) or (isinstance(old, int | float) and isinstance(new, int | float))
 
+    @property
+    def _within_limits(self) -> bool:
+        """Whether a limit of tokens can be kept exactly, and is not reached yet."""
+        limits = [self.body[key] for key in _LIMITS if isinstance(self.body.get(key), int)]
+        return all(limit < 0 or (self._counted and self._tokens < limit) for limit in limits)
+
     def _prefilled(self, text: str) -> dict[str, Any]:
         body = dict(self.body)
         body["messages"] = [*self.body.get("messages", ()), {"role": "assistant", "content": text}]
@@ -225,6 +240,11 @@ class Passthrough:
             whole = b"data: [DONE]\n\n"
         else:
             event = {**_json(payload), **self._first}
+            usage = event.get("usage")
+            if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
+                usage["completion_tokens"] += self._resent
+                if isinstance(usage.get("prompt_tokens"), int):
+                    usage["prompt_tokens"] = max(0, usage["prompt_tokens"] - self._resent)
             choices = event.get("choices") or []
             if choices and set(choices[0].get("delta") or ()) >= {"role"}:
                 return b""  # the opening of a message that is open already
