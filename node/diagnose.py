@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
 from mesh.address import Address, format_address, parse_address
 from mesh.dht import probe
-from mesh.errors import AuthenticationError, ConfigurationError, ProtocolError, QMeshError
+from mesh.errors import AuthenticationError, ConfigurationError, ProtocolError, QMeshError, VersionMismatch
 from mesh.identity import Identity
 from mesh.interfaces import local_addresses
 from mesh.keystore import load_identity
@@ -55,8 +55,8 @@ class Reach:
     udp: float | None
     udp_problem: str | None
     skew: float | None
-    denied: bool = False
-    """Whether it answered, but would not let us in."""
+    denied: Literal["mesh", "version"] | None = None
+    """What it is where it answered, but would not talk: of another mesh, or of another version."""
 
 
 async def reach(address: Address, identity: Identity, network: Network) -> Reach:
@@ -78,18 +78,20 @@ async def reach(address: Address, identity: Identity, network: Network) -> Reach
 
 async def _reach_tcp(
     address: Address, identity: Identity, network: Network
-) -> tuple[str | None, float | None, float | None, str | None, bool]:
+) -> tuple[str | None, float | None, float | None, str | None, Literal["mesh", "version"] | None]:
     try:
         connection = await connect(*address, identity=identity, network=network, timeout=TIMEOUT)
+    except VersionMismatch as error:
+        return None, None, None, str(error), "version"
     except (AuthenticationError, ProtocolError) as error:
-        return None, None, None, str(error), True
+        return None, None, None, str(error), "mesh"
     except (QMeshError, OSError) as error:
-        return None, None, None, str(error), False
+        return None, None, None, str(error), None
     try:
         best = min([await connection.ping(TIMEOUT) for _ in range(PINGS)])
-        return connection.peer_id.hex(), best, connection.clock_skew, None, False
+        return connection.peer_id.hex(), best, connection.clock_skew, None, None
     except QMeshError as error:
-        return connection.peer_id.hex(), None, connection.clock_skew, str(error), False
+        return connection.peer_id.hex(), None, connection.clock_skew, str(error), None
     finally:
         await connection.close()
 
@@ -105,7 +107,9 @@ async def _reach_udp(address: Address, network: Network) -> tuple[float | None, 
 def judge(found: Reach) -> list[Check]:
     """What the ways to a node say: the first cause that explains them all, and what to do."""
     name = f"node {found.address}"
-    if found.denied:
+    if found.denied == "version":
+        return [Check(name, False, f"{found.tcp_problem}", "Update QMesh on the older of the two machines.")]
+    if found.denied == "mesh":
         return [
             Check(
                 name,

@@ -80,7 +80,8 @@ class Dht:
 
     `role` may change at any time; without an identity a node is a client.
     `state_path` keeps the contacts over restarts. `limit_private` extends the limits per subnet to
-    loopback and private addresses. `wall` (unix seconds) and `rng` are for simulations.
+    loopback and private addresses. `clock` (monotonic seconds; an event loop's own may be too coarse for
+    round trips), `wall` (unix seconds) and `rng` are for simulations.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Dht:
         state_path: Path | None = None,
         role: Role = Role.HOLDER,
         limit_private: bool = False,
+        clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         rng: random.Random | None = None,
     ) -> None:
@@ -99,6 +101,7 @@ class Dht:
         self._state_path = state_path
         self._role = Role.CLIENT if identity is None else role
         self._limit_private = limit_private
+        self._clock = clock
         self._wall = wall
         self._rng = rng or random.SystemRandom()
         self._running: _Parts | None = None
@@ -113,7 +116,7 @@ class Dht:
         if self._running is not None:
             raise RuntimeError("already started")
         loop = asyncio.get_running_loop()
-        parts = self._build(Environment(loop.time, self._wall, self._rng))
+        parts = self._build(Environment(self._clock, self._wall, self._rng))
         where: dict[str, Any] = {"local_addr": (host, port)} if sock is None else {"sock": sock}
         transport, _ = await loop.create_datagram_endpoint(lambda: parts.protocol, **where)
         name = transport.get_extra_info("sockname")
@@ -204,7 +207,7 @@ class Dht:
     @property
     def peers(self) -> list[PeerInfo]:
         """The contacts, the latest heard first."""
-        now = asyncio.get_running_loop().time()
+        now = self._clock()
         contacts = sorted(self._parts.protocol.router, key=lambda c: -c.last_seen)
         return [
             PeerInfo(

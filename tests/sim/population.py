@@ -28,7 +28,7 @@ class Member:
         self.world = world
         self.identity = Identity(rng.randbytes(32))
         self.address: Address = (host or world.new_host(), PORT)
-        self.dht = Dht(self.identity, network, wall=world.wall, rng=rng)
+        self.dht = Dht(self.identity, network, clock=world.loop.time, wall=world.wall, rng=rng)
         self.seq = 0
 
     async def start(self, seeds: Iterable[Address] = ()) -> None:

@@ -30,7 +30,8 @@ def bad(checks: list[Check]) -> dict[str, str]:
         ({"tcp": None, "tcp_problem": "timeout"}, "drops TCP"),
         ({"tcp": None, "udp": None, "tcp_problem": "Connection refused"}, "nothing listens there"),
         ({"tcp": None, "udp": None, "tcp_problem": "timeout"}, "no answer over TCP or UDP"),
-        ({"tcp": None, "udp": None, "denied": True}, "another secret"),
+        ({"tcp": None, "udp": None, "denied": "mesh"}, "another secret"),
+        ({"tcp": None, "tcp_problem": "speaks version 2", "denied": "version"}, "speaks version 2"),
     ],
 )
 def test_a_node_out_there(facts: dict[str, Any], cause: str) -> None:
