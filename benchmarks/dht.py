@@ -75,7 +75,7 @@ async def run(count: int) -> None:
         await dht.start("127.0.0.1", 0)
         dht.join([nodes[0][0].address])
     began = time.perf_counter()
-    while any(len(dht.peers) < min(40, count - 1) for dht, _ in nodes):  # noqa: ASYNC110  # tables have no event
+    while any(len(dht.peers) < min(30, count - 1) for dht, _ in nodes):  # noqa: ASYNC110  # tables have no event
         await asyncio.sleep(0.05)
     report("all nodes have met", [time.perf_counter() - began], nodes=count)
     await asyncio.sleep(3)

@@ -41,8 +41,9 @@ MAX_PENDING: Final = 4096
 MAX_VERIFYING: Final = 32
 MAX_REMEMBERED_TOKENS: Final = 2048
 MAX_REMEMBERED_FAILURES: Final = 2048
-FAILURE_MEMORY: Final = 60.0
-"""Crawls leave out an address for this long after it did not answer."""
+FIRST_SILENCE: Final = 4.0
+MAX_SILENCE: Final = 64.0
+"""Walks leave out an address that did not answer: 4 s the first time, then twice as long each time."""
 
 TOKEN_SIZE: Final = 8
 TOKEN_ROTATION: Final = 300.0

@@ -43,6 +43,10 @@ class Role(Enum):
     whether it is reachable after all."""
 
 
+_NEVER_SILENT = (0.0, limits.FIRST_SILENCE)
+"""Until when an address is left out, and for how long after its next failure."""
+
+
 @dataclass(slots=True)
 class Traffic:
     """Counters since the start."""
@@ -289,8 +293,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
 
     def is_silent(self, address: Address) -> bool:
         """Whether a request to the address went unanswered a short while ago."""
-        until = self._silent.get(address)
-        return until is not None and until > self.environment.clock()
+        until, _ = self._silent.get(address) or _NEVER_SILENT
+        return bool(until > self.environment.clock())
 
     def forget_silence(self, address: Address | None = None) -> None:
         """Try an address again, or everybody, as after a time without a network."""
@@ -308,7 +312,8 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         pending = self._pending[message_id]
         rest = timeout - limits.SOFT_TIMEOUT
         pending.timer = asyncio.get_running_loop().call_later(rest, self._expire, message_id)
-        self._silent.set(pending.address, self.environment.clock() + rest)
+        _, pause = self._silent.get(pending.address) or _NEVER_SILENT
+        self._silent.set(pending.address, (self.environment.clock() + rest, pause))
         if pending.slow is not None:
             pending.slow()
 
@@ -318,7 +323,9 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
         pending.done(None)
 
     def _failed(self, address: Address) -> None:
-        self._silent.set(address, self.environment.clock() + limits.FAILURE_MEMORY)
+        # A busy machine answers late: one failure is soon forgiven, repeated ones later and later.
+        _, pause = self._silent.get(address) or _NEVER_SILENT
+        self._silent.set(address, (self.environment.clock() + pause, min(2 * pause, limits.MAX_SILENCE)))
         contact = self.router.at(address)
         if contact is not None:
             self.router.failed(contact)
