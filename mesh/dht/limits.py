@@ -41,9 +41,9 @@ MAX_PENDING: Final = 4096
 MAX_VERIFYING: Final = 32
 MAX_REMEMBERED_TOKENS: Final = 2048
 MAX_REMEMBERED_FAILURES: Final = 2048
-FIRST_SILENCE: Final = 4.0
-MAX_SILENCE: Final = 64.0
-"""Walks leave out an address that did not answer: 4 s the first time, then twice as long each time."""
+FIRST_SILENCE: Final = 20.0
+MAX_SILENCE: Final = 80.0
+"""Walks leave out an address that did not answer: 20 s the first time, then 40, then 80."""
 
 TOKEN_SIZE: Final = 8
 TOKEN_ROTATION: Final = 300.0
