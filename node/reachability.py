@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,8 @@ EVERY = 600.0
 FIRST_PAUSE = 0.25
 """Between checks while the node is not known to be reachable; doubled each time."""
 LONGEST_PAUSE, LONGEST_PAUSE_ALONE = 60.0, 10.0
+MOST_TOLD = 200
+"""Characters of what a peer says."""
 MOST_DIALS = 8
 """Dials back for others at the same time."""
 
@@ -130,7 +133,7 @@ class Reachability:
                 said = stream.trailer or {}
                 return {
                     "peer": connection.peer_id.hex(),
-                    **{key: said.get(key) for key in ("seen", "tcp", "udp")},
+                    **{key: _told(said.get(key)) for key in ("seen", "tcp", "udp")},
                 }
         except QMeshError:
             return None
@@ -148,7 +151,7 @@ class Reachability:
                 timeout=TIMEOUT,
             )
         except (QMeshError, OSError) as error:
-            return str(error)[:200]
+            return str(error)[:MOST_TOLD]
         await connection.close()
         return None
 
@@ -156,7 +159,7 @@ class Reachability:
         try:
             await probe(host, port, self._network, TIMEOUT)
         except (QMeshError, OSError) as error:
-            return str(error)[:200]
+            return str(error)[:MOST_TOLD]
         return None
 
 
@@ -165,19 +168,25 @@ def choose(peers: Sequence[PeerInfo], count: int) -> list[PeerInfo]:
 
     Whoever shares our LAN reaches us also where nobody else does.
     """
-    mixed = random.sample(peers, len(peers))
-    asked_there: dict[bytes, int] = {}
-
-    def order(peer: PeerInfo) -> tuple[int, int]:
+    ranked = []
+    before: Counter[bytes] = Counter()
+    for peer in random.sample(peers, len(peers)):
         group = subnet(peer.host)
-        asked_there[group] = asked_there.get(group, 0) + 1
-        return -scope(peer.host), asked_there[group]
-
-    return sorted(mixed, key=order)[:count]
+        ranked.append((-scope(peer.host), before[group], peer))
+        before[group] += 1
+    ranked.sort(key=lambda one: one[:2])
+    return [peer for *_, peer in ranked[:count]]
 
 
 def _came_through(report: Mapping[str, Any]) -> bool:
     return report.get("tcp") is None and report.get("udp") is None
+
+
+def _told(value: object) -> str | None:
+    """What a peer says, fit for a terminal."""
+    if value is None:
+        return None
+    return "".join(character for character in str(value)[:MOST_TOLD] if character.isprintable())
 
 
 def _host(seen: object) -> str | None:

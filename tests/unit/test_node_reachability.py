@@ -108,6 +108,13 @@ async def test_a_lying_report_is_no_address(monkeypatch: pytest.MonkeyPatch) -> 
     assert one.outside is None
 
 
+def test_what_peers_say_is_fit_for_a_terminal() -> None:
+    assert reachability._told("no\x1b[2Jway\n") == "no[2Jway"
+    assert reachability._told(5) == "5"
+    assert reachability._told(None) is None
+    assert len(reachability._told("x" * 999) or "") == reachability.MOST_TOLD
+
+
 @pytest.mark.parametrize(
     ("facts", "problem"),
     [
