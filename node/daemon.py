@@ -14,10 +14,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesh.address import format_address
 from mesh.dht import Dht, Role
@@ -44,6 +44,9 @@ from node.state import NodeState
 from sidecar.changes import Change
 from sidecar.errors import SidecarError
 from sidecar.pool import ModelPool
+
+if TYPE_CHECKING:
+    from mesh.lan import Lan
 
 log = logging.getLogger("qmesh.node")
 
@@ -153,8 +156,10 @@ class Node:
             self._gateway = self._open_gateway(config.gateway, f"{worker_id}@{address}", identity, network)
             await self._gateway.start()
         url = self._gateway.url if self._gateway is not None else None
-        if config.mdns and (search := _lan_search(network, self._dht, tcp)) is not None:
-            background.append(group.create_task(search, name="mdns"))
+        host, port = tcp.getsockname()[:2]
+        if config.mdns and not ip_address(host).is_loopback:
+            state.lan = _lan(network, self._dht)
+            background.append(group.create_task(state.lan.run(host, port), name="mdns"))
         folder.publish(
             {
                 "pid": os.getpid(),
@@ -324,14 +329,11 @@ class Node:
             await self._dht.stop()
 
 
-def _lan_search(network: Network, dht: Dht, sock: socket.socket) -> Coroutine[Any, Any, None] | None:
-    """Look for peers on the local network; None for a node that only its own machine can reach."""
-    host, port = sock.getsockname()[:2]
-    if ip_address(host).is_loopback:
-        return None
+def _lan(network: Network, dht: Dht) -> Lan:
+    """What looks for peers on the local network."""
     from mesh.lan import Lan  # noqa: PLC0415 - zeroconf costs memory that a node without mDNS saves
 
-    return Lan(network, lambda addresses: dht.join(addresses, found="lan")).run(host, port)
+    return Lan(network, lambda addresses: dht.join(addresses, found="lan"))
 
 
 @contextmanager

@@ -256,19 +256,28 @@ def within_reach(addresses: Iterable[str]) -> list[Address]:
 def check_running(status: dict[str, Any]) -> list[Check]:
     """What the running node knows of its peers, and they of it."""
     peers = (status.get("contacts") or {"peers": []})["peers"]
+    checks = _lan(status["mdns"])
     if not peers:
         return [
+            *checks,
             Check(
                 "peers",
                 False,
                 "the node here knows nobody",
                 "Join another node: `qmesh-node run --join HOST:9470`; on one LAN, check that multicast "
                 "(UDP port 5353) is not blocked.",
-            )
+            ),
         ]
     heard = peers[0]["last_seen"]
-    checks = [Check("peers", True, f"{len(peers)} known, the last heard {heard:.0f} s ago")]
+    checks.append(Check("peers", True, f"{len(peers)} known, the last heard {heard:.0f} s ago"))
     return checks + _clocks(peers) + _reachable(status["reachability"])
+
+
+def _lan(mdns: str) -> list[Check]:
+    if mdns in {"on", "off"}:
+        return [Check("LAN", True, f"looking for peers by mDNS is {mdns}")]
+    fix = "Connect this machine to a network that carries multicast, or join a node by its address."
+    return [Check("LAN", False, mdns, fix)]
 
 
 def _clocks(peers: list[dict[str, Any]]) -> list[Check]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mesh.identity import NodeId
 from mesh.records import WorkerRecord
@@ -14,6 +14,9 @@ from node.announcer import Describe
 from node.gpu import find_reader
 from node.monitor import Monitor
 from node.served import ServedModel
+
+if TYPE_CHECKING:
+    from mesh.lan import Lan
 
 
 class NodeState:
@@ -24,6 +27,8 @@ class NodeState:
         self.network = network
         self.addresses = addresses
         self.models: dict[str, ServedModel] = {}
+        self.lan: Lan | None = None
+        """What looks for peers on the LAN, if anything does."""
         self._monitor = Monitor()
         self._read_gpus = find_reader()
         self._started = time.monotonic()
@@ -58,6 +63,7 @@ class NodeState:
             "network": self.network,
             "uptime": round(now - self._started, 1),
             "addresses": list(self.addresses),
+            "mdns": "off" if self.lan is None else self.lan.problem or "on",
             "health": self.health(),
             "load": self.load(),
             "models": [model.describe(sample, now) for model in self.models.values()],

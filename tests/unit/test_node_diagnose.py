@@ -56,7 +56,7 @@ def status(*clocks: float, **reachability: Any) -> dict[str, Any]:
         for number, clock in enumerate(clocks)
     ]
     known = {"reachable": True, "seen": "8.8.8.8:1", "behind_nat": False, "reports": []}
-    return {"contacts": {"peers": peers, "unreached": {}}, "reachability": known | reachability}
+    return {"contacts": {"peers": peers, "unreached": {}}, "reachability": known | reachability, "mdns": "on"}
 
 
 def test_the_clock_of_the_minority_is_wrong() -> None:
@@ -85,6 +85,13 @@ def test_addresses_of_an_ip_version_that_is_not_there_are_left_out(
     monkeypatch.setattr("node.diagnose.local_addresses", lambda: own)
     told = ["10.0.0.1:1", "[fd00::1]:1", "name.example:1"]
     assert [host for host, _ in within_reach(told)] == reachable
+
+
+def test_a_lan_that_cannot_be_searched() -> None:
+    assert bad(check_running(status(0))) == {}
+    assert bad(check_running(status(0) | {"mdns": "off"})) == {}
+    problem = "mDNS is not possible here: No such device"
+    assert bad(check_running(status(0) | {"mdns": problem})) == {"LAN": problem}
 
 
 def test_nobody_known() -> None:
