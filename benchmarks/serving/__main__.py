@@ -71,11 +71,12 @@ async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
             f"\nprompt tokens from the cache, conversations of 10 turns: {ours:.1%}; asking anybody: {chance:.1%}"
         )
     if "hedging" in parts:
-        print("\nfirst tokens, one of four workers ten times slower")
-        requests = 300 if quick else 1500
-        for name, change in (("the slow one changes", 60), ("the slow one stays", None)):
+        stop, factor = await hedging.calibrated(members[0])
+        print(f"\nfirst tokens, one of four workers {factor:.1f} times slower")
+        requests = 600 if quick else 1500
+        for name, change in (("the slow one changes", 100), ("the slow one stays", None)):
             for hedged in (False, True):
-                one = await hedging.run(members, requests, hedged=hedged, change_every=change)
+                one = await hedging.run(members, requests, stop, hedged=hedged, change_every=change)
                 print(
                     "  " + hedging.describe(f"{name}, {'hedged' if hedged else 'not hedged'}", one),
                     flush=True,

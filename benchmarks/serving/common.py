@@ -68,11 +68,12 @@ async def _busy(server: Llama, session: aiohttp.ClientSession) -> int:
 
 
 class Slowed:
-    """Makes one process ten times slower, by stopping it nine tenths of the time (SIGSTOP, SIGCONT)."""
+    """Makes one process slower, by stopping it most of the time (SIGSTOP, SIGCONT)."""
 
-    RUN, STOP = 0.003, 0.027
+    RUN = 0.003
 
-    def __init__(self) -> None:
+    def __init__(self, stop: float = 0.027) -> None:
+        self._stop = stop
         self._pid: int | None = None
         self._ended = threading.Event()
         self._lock = threading.Lock()
@@ -83,6 +84,8 @@ class Slowed:
             if self._pid is not None:
                 os.kill(self._pid, signal.SIGCONT)
             self._pid = pid
+            if pid is not None:
+                os.kill(pid, signal.SIGSTOP)  # until the next time to run
 
     @contextmanager
     def running(self) -> Iterator[Slowed]:
@@ -99,7 +102,7 @@ class Slowed:
     def _run(self) -> None:
         while not self._ended.is_set():
             self._signal(signal.SIGSTOP)
-            self._ended.wait(self.STOP)
+            self._ended.wait(self._stop)
             self._signal(signal.SIGCONT)
             self._ended.wait(self.RUN)
 
