@@ -285,3 +285,56 @@ def test_whatever_workers_say_of_themselves_a_choice_is_made(
         costs = [one.cost for one in choice.candidates]
         assert costs == sorted(costs)
         assert all(math.isfinite(cost) and cost > 0 for cost in costs)
+
+
+# --- full, banned and slow workers
+
+
+def test_a_full_worker_is_left_alone_until_it_has_room() -> None:
+    board, one = Scoreboard(), worker(1)
+    board.busy_until(one.node_id, 30.0)
+    assert ask([one], board, Random(1), now=1.0) is None
+    assert ask([one], board, Random(1), now=1.0, banned=True) is None, "being full is no failure"
+    assert board.full_for(one.node_id, 10.0) == 20.0
+    board.report(one.node_id, busy=4, queue=4, slots=4, now=2.0)
+    assert ask([one], board, Random(1), now=2.0) is None
+    board.report(one.node_id, busy=4, queue=1, slots=4, now=3.0)
+    assert board.full_for(one.node_id, 3.0) == 0.0
+    assert ask([one], board, Random(1), now=3.0) is not None
+
+
+def test_a_banned_worker_is_the_last_resort() -> None:
+    board, one, two = Scoreboard(), worker(1), worker(2)
+    board.failed(one.node_id, 0.0)
+    for seed in range(20):
+        choice = ask([one, two], board, Random(seed), now=1.0)
+        assert choice is not None
+        assert choice.chosen.id == two.node_id
+    assert ask([one], board, Random(1), now=1.0) is None
+    assert ask([one], board, Random(1), now=1.0, banned=True) is not None
+
+
+def test_a_worker_that_began_to_answer_is_no_longer_on_trial() -> None:
+    board, one = Scoreboard(), worker(1)
+    board.failed(one.node_id, 0.0)
+    board.reserve(one.node_id, BAN + 1)
+    assert not board.available(one.node_id, BAN + 1), "one request tests it"
+    board.spoke(one.node_id)
+    assert board.available(one.node_id, BAN + 1)
+
+
+def test_a_conversation_does_not_stay_with_a_slow_worker() -> None:
+    workers = [worker(number) for number in range(1, 5)]
+    need = Need(prefix=b"talk")
+    home = ask(workers, Scoreboard(), Random(1), need=need)
+    assert home is not None
+    assert home.reason == "holds the conversation's prefix"
+    slower = [
+        worker(number, generation_speed=10.0 if one.node_id == home.chosen.id else 100.0)
+        for number, one in enumerate(workers, 1)
+    ]
+    for seed in range(20):
+        moved = ask(slower, Scoreboard(), Random(seed), need=need)
+        assert moved is not None
+        assert moved.chosen.id != home.chosen.id
+        assert moved.reason == "holds the conversation's prefix", "the next one in its order"
