@@ -166,7 +166,12 @@ async def litellm(upstream: str, key: str) -> AsyncIterator[tuple[str, list[int]
         yield None
         return
     port = _free_port()
-    environment = {**os.environ, "OPENAI_API_KEY": key}
+    environment = {
+        **os.environ,
+        "OPENAI_API_KEY": key,
+        # It listens on loopback for as long as this runs; without the word it refuses to start.
+        "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+    }
     arguments = ("--model", f"openai/{MODEL}", "--api_base", f"{upstream}/v1", "--port", str(port))
     process = await asyncio.create_subprocess_exec(
         program, *arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
