@@ -14,7 +14,11 @@ LEAST_SAMPLES = 16
 QUANTILE = 0.95
 LEAST_DELAY = 0.01
 SHARE = 0.05
-MOST_SAVED = 4.0
+RESERVE = 2.0
+PATIENT = 2.0
+"""With less than this reserve left a hedge waits so many times longer: the last one is for a worker that is
+really stuck, not for the usual tail."""
+MOST_SAVED = 8.0
 """Hedges that quiet times may save up for bad ones."""
 
 
@@ -34,7 +38,9 @@ class Hedging:
 
     def delay(self) -> float | None:
         """Seconds after which to ask a second worker; None while too little is known."""
-        return self._delay
+        if self._delay is None or self._budget >= RESERVE:
+            return self._delay
+        return PATIENT * self._delay
 
     def requested(self) -> None:
         """A request was sent: it earns its share of a hedge."""
