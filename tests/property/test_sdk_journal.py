@@ -244,8 +244,11 @@ class ChatModel:
             assert body["continue_final_message"] is True
             said = messages[-1]["content"]
             assert self.text.startswith(said), "a prefill of what was never said"
-            rest = self.text[len(said) :]
-            deltas = [{"content": character} for character in rest]
+            deltas, left = [], len(said)
+            for delta in self.deltas:
+                text = delta.get("content", "")
+                deltas += [{"content": character} for character in text[left:]] if text else [delta]
+                left = max(0, left - len(text))
         yield {"choices": [{"delta": {"role": "assistant", "content": None}, "finish_reason": None}]}
         for delta in deltas:
             yield {"choices": [{"delta": dict(delta), "finish_reason": None}]}
@@ -293,7 +296,8 @@ tool_deltas = st.lists(
     ),
     min_size=1,
     max_size=8,
-)
+).map(lambda deltas: sorted(deltas, key=lambda delta: "reasoning_content" not in delta))
+"""Models reason before they speak."""
 
 
 @given(tool_deltas, lives, st.sampled_from([{"temperature": 0}, {"seed": 7}]), durations)

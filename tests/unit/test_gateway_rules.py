@@ -402,6 +402,6 @@ def test_log_lines(tmp_path: Path) -> None:
     assert (line["message"], line["status"], line["level"]) == ("served it", 200, "info")
     assert ConsoleFormatter().format(record).endswith("qmesh.x: served it status=200")
     with log_file(tmp_path, "x.log"):
-        logging.getLogger("qmesh.test").error("\ud800 odd", extra={"facts": {"path": os.sep}})
+        logging.getLogger("qmesh.test").error("odd", extra={"facts": {"path": os.sep, "text": "\ud800"}})
     (written,) = (tmp_path / "logs" / "x.log").read_text("utf-8").splitlines()
     assert json.loads(written)["path"] == os.sep

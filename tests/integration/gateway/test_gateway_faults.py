@@ -75,7 +75,11 @@ async def test_a_request_waits_for_a_worker_that_loads(
             other = group.create_task(_lines(http, gateway.url, body))
             async with http.get(f"{facts['gateway']}/health") as health:
                 assert health.status == 503
-                assert (await health.json())["error"]["mesh"]["this_node"][CHAT] in ("starting", "loading")
+                assert (await health.json())["error"]["mesh"]["this_node"][CHAT] in (
+                    "stopped",
+                    "starting",
+                    "loading",
+                )
     for lines in (own.result(), other.result()):
         assert lines[-1] == "data: [DONE]"
         assert [event for event in lines if '"content": " t3"' in event]
