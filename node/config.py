@@ -41,7 +41,7 @@ DEFAULT_LISTEN = f"[::]:{DEFAULT_PORT}"
 DEFAULT_GATEWAY = f"127.0.0.1:{DEFAULT_PORT + 1}"
 DEMO_MODEL = Path(__file__).resolve().parent.parent / "sidecar" / "assets" / "qmesh-demo.gguf"
 
-NOT_SETTINGS = frozenset({"QMESH_CONFIG", "QMESH_DEBUG", "QMESH_FUZZ_ROUNDS"})
+NOT_SETTINGS = frozenset({"QMESH_CONFIG", "QMESH_DEBUG", "QMESH_FUZZ_ROUNDS", "QMESH_FUZZ_SEED"})
 """Variables with the prefix that are no settings of a node; nor are those of the tests."""
 TEST_PREFIX = "QMESH_TEST_"
 

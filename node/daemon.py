@@ -150,6 +150,7 @@ class Node:
         )
         # A bug in a handler ends the node, rather than only the request that met it.
         background.append(group.create_task(self._listener.wait_closed(), name="listener"))
+        background.append(group.create_task(self._dht.wait(), name="dht"))
         self._dht.join(seeds)
         background.append(group.create_task(reachability.run(), name="reachability"))
         if config.gateway is not None:

@@ -1,4 +1,4 @@
-"""A DHT node under datagrams that hold anything. QMESH_FUZZ_INPUTS and QMESH_FUZZ_SEED as in test_wire."""
+"""A DHT node under datagrams that hold anything. QMESH_FUZZ_ROUNDS and QMESH_FUZZ_SEED as in test_wire."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mesh.dht import limits
 from tests.sim.scenarios import hostile
 from tests.sim.world import World
 
-INPUTS = int(os.environ.get("QMESH_FUZZ_INPUTS", "20000"))
+INPUTS = int(os.environ.get("QMESH_FUZZ_ROUNDS", "20000"))
 SEED = int(os.environ.get("QMESH_FUZZ_SEED", "0")) or random.SystemRandom().getrandbits(32)
 
 

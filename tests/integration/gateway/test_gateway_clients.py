@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,6 @@ from node.gateway.keys import KeyFile
 from tests.gateway_support import (
     CALLED,
     CHAT,
-    DATA,
     EMBED,
     MESSAGES,
     RANK,
@@ -30,7 +27,6 @@ from tests.gateway_support import (
     metric,
     until,
 )
-from tests.support import seconds
 
 LONG = [{"role": "user", "content": "Hello there. " * 2000}]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": WEATHER}}
@@ -234,22 +230,3 @@ def test_anthropic_errors(claude: anthropic.Anthropic) -> None:
     assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
     with pytest.raises(anthropic.BadRequestError):
         claude.messages.create(model=CHAT, max_tokens=4, messages=LONG)  # type: ignore[arg-type]
-
-
-def test_openai_npm(url: str, tmp_path: Path) -> None:
-    """The JavaScript client, in a process of its own."""
-    for program in ("node", "npm"):
-        assert shutil.which(program), f"{program} is missing: install Node.js 18 or later to run this test"
-    shutil.copy(DATA / "openai.mjs", tmp_path)
-    install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(tmp_path), "openai@6"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=seconds(60), check=False)
-    assert done.returncode == 0, f"npm could not install the openai client:\n{done.stderr[-1000:]}"
-    run = ["node", "openai.mjs", url, CHAT, EMBED]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=seconds(60), check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout)
-    assert seen["chat"] == seen["stream"] != ""
-    assert seen["vectors"] == 2
-    assert seen["responses"]
-    assert seen["missing"] == [404, "model_not_found"]
-    assert seen["cancelled"]
