@@ -16,7 +16,7 @@ test: $(READY)
 # As root on Debian, with the packages that .ci/run installs: several hosts in network namespaces, the
 # JavaScript client, and the sidecar's tests on a llama-server that `runtime build` made.
 system: $(READY)
-	@$(BIN)/pytest -q tests/netns tests/system
+	@$(BIN)/pytest -q -n 2 tests/netns tests/system
 	@server=$$($(BIN)/qmesh-node runtime build --runtime-dir $(RUNTIME) --quiet --json | tail -n 1) && \
 		QMESH_TEST_LLAMA_SERVER=$$(echo "$$server" | $(BIN)/python -c 'import json,sys; print(json.load(sys.stdin)["path"])') \
 		$(BIN)/pytest -q -n 2 tests/integration/test_sidecar_real.py tests/integration/test_sidecar_engine.py \
