@@ -225,7 +225,7 @@ async def test_stores_are_taken_only_with_a_token_and_when_valid() -> None:
             assert reply[2:] == [Outcome.BAD_TOKEN, 0]
             token = reply[1]
             for bad in (
-                good[:-1] + b"\x00",
+                good[:-1] + bytes([good[-1] ^ 1]),
                 blob(expires=now - 1),
                 blob(expires=now + 1000),
                 sign_record(make_record(identity), identity, OPEN, model_key(OPEN, "other")),
