@@ -112,9 +112,9 @@ async def test_cancelling_at_any_await_leaves_nothing(
         task = asyncio.create_task(work(mesh))
         for _ in range(step if step < 20 else 4 * step):
             await asyncio.sleep(0)
-        task.cancel()
+        finished = not task.cancel()  # on a busy machine one step may bring the whole answer
         await asyncio.wait([task])
-        assert task.cancelled()
+        assert task.cancelled() or finished
 
         async def nothing() -> bool:
             return not _left_behind(mesh)
