@@ -54,6 +54,9 @@ def judge(code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool 
     if code == 1:
         if _PORT_TAKEN.search(text):
             return Exit(Cause.PORT, "its port was taken by another program")
+        if not text.strip():
+            # A refusal comes with its reason; silence means that something ended it before it could speak.
+            return Exit(Cause.CRASH, "it ended without a word (exit code 1)")
         return Exit(Cause.FATAL, "the server refused its arguments or its model (exit code 1)")
     if code in (126, 127):
         return Exit(Cause.FATAL, f"the server's program cannot be executed (exit code {code})")
