@@ -34,7 +34,7 @@ def test_every_method_works(members: list[Member]) -> None:
     events: list[RouteEvent] = []
     with SyncMeshClient(members[0].address, on_event=events.append) as mesh:
         assert mesh.status()["worker_id"] == members[0].worker_id
-        assert {worker.id for worker in mesh.workers()} == {member.worker_id for member in members}
+        assert {worker.id for worker in mesh.workers()} >= {member.worker_id for member in members}
         assert mesh.generate_stream(PROMPT, max_tokens=4, **GREEDY).read().usage["completion_tokens"] == 4
 
         talk = mesh.conversation(system="Be kind.", max_tokens=6, temperature=0, model=MODEL)
