@@ -11,16 +11,18 @@ from types import TracebackType
 from typing import Any, Self
 
 from client_sdk.call import Request
+from client_sdk.chat_journal import ChatJournal
 from client_sdk.conversation import Conversation
 from client_sdk.directory import Directory, EntryNode
 from client_sdk.dispatch import Dispatcher, refusal
 from client_sdk.events import decode_object
-from client_sdk.failover import ChatJournal, Journal, TextJournal
+from client_sdk.failover import Journal
 from client_sdk.generate import TokenStream
 from client_sdk.passthrough import Passthrough
 from client_sdk.pool import Pool
 from client_sdk.raw import RawAnswer
 from client_sdk.selection import Need
+from client_sdk.text_journal import TextJournal
 from client_sdk.types import Completion, Explanation, ModelInfo, RouteEvent, Timeouts, WorkerInfo
 from mesh.entry import parse_entry
 from mesh.errors import BadRequest, MalformedMessage

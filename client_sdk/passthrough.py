@@ -23,6 +23,7 @@ from typing import Any
 
 import orjson
 
+from client_sdk.chat_journal import LIMITS, prefilled
 from client_sdk.events import MAX_EVENT
 from client_sdk.failover import REPLAY_WITHIN, ReplayDiverged, Way
 from mesh.errors import BackendFailed, MalformedMessage, StreamInterrupted
@@ -33,7 +34,6 @@ MAX_WHOLE = 64 << 20
 _SEEDED = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/completion", "/infill", "/v1/messages", "/v1/responses"}
 )
-_LIMITS = ("max_tokens", "max_completion_tokens", "n_predict")
 _ID = re.compile(r"(chatcmpl|cmpl|resp|msg|call|item|fc|rs|toolu)[-_][A-Za-z0-9_-]{8,}")
 _VOLATILE = frozenset(
     {"created", "created_at", "completed_at", "timings", "logprobs", "usage", "tokens_per_second"}
@@ -90,7 +90,7 @@ class Passthrough:
         if self._text and (self._no_replay or (self._own_seed and not quick and self._within_limits)):
             self.way = Way.PREFILL
             self._resent = self._tokens
-            return orjson.dumps(self._prefilled(self._text))
+            return orjson.dumps(prefilled(self.body, self._text, self._tokens))
         if self._no_replay or self.path not in _SEEDED:
             raise self.lost("this kind of answer cannot be repeated exactly")
         self.way = Way.REPLAY
@@ -222,18 +222,8 @@ class Passthrough:
     @property
     def _within_limits(self) -> bool:
         """Whether a limit of tokens can be kept exactly, and is not reached yet."""
-        limits = [self.body[key] for key in _LIMITS if isinstance(self.body.get(key), int)]
+        limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
         return all(limit < 0 or (self._counted and self._tokens < limit) for limit in limits)
-
-    def _prefilled(self, text: str) -> dict[str, Any]:
-        body = dict(self.body)
-        body["messages"] = [*self.body.get("messages", ()), {"role": "assistant", "content": text}]
-        body["add_generation_prompt"] = False
-        body["continue_final_message"] = True
-        for key in _LIMITS:
-            if isinstance(body.get(key), int) and body[key] > 0:
-                body[key] = max(1, body[key] - self._tokens)
-        return body
 
     def _fit_prefilled(self, payload: bytes) -> bytes:
         if payload == b"[DONE]":

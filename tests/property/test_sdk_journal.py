@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client_sdk.failover import ChatJournal, Delta, Journal, ReplayDiverged, TextJournal, Way
+from client_sdk.chat_journal import ChatJournal
+from client_sdk.failover import Delta, Journal, ReplayDiverged, Way
+from client_sdk.text_journal import TextJournal
 from mesh.errors import BackendFailed, ContextExceeded, MalformedMessage, StreamInterrupted
 from tests.property.test_sdk_events import expected as until_stop
 

@@ -10,7 +10,8 @@ import orjson
 from hypothesis import given
 from hypothesis import strategies as st
 
-from client_sdk.failover import ChatJournal, ReplayDiverged, Way
+from client_sdk.chat_journal import ChatJournal
+from client_sdk.failover import ReplayDiverged, Way
 from client_sdk.passthrough import Passthrough
 
 HISTORY = [{"role": "user", "content": "Hello"}]
