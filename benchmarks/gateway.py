@@ -22,7 +22,17 @@ import aiohttp
 import psutil
 import uvloop
 
-from benchmarks.hop import LEVELS, MODEL, Hop, http, litellm, measure, measure_first, nginx, server_of, spread
+from benchmarks.hop import (
+    LEVELS,
+    MODEL,
+    Hop,
+    http,
+    litellm,
+    nginx,
+    server_of,
+    spread,
+    take_turn,
+)
 from node.cluster import Cluster, Member
 
 SLOTS = 128
@@ -59,7 +69,7 @@ async def compare(rounds: int, tokens: int, streams: int) -> tuple[list[Hop], di
                 paths.append(_gateway(session, "mesh of 3", members[0]))
                 for number in range(rounds + 1):
                     for path in paths[number % len(paths) :] + paths[: number % len(paths)]:
-                        await _turn(path, tokens, keep=number > 0)
+                        await take_turn(path, tokens, keep=number > 0)
                     print(f"round {number} of {rounds}", file=sys.stderr)
                 held = await hold(session, node, streams) if streams else {}
                 return paths, held
@@ -116,17 +126,6 @@ async def hold(session: aiohttp.ClientSession, node: Member, streams: int) -> di
 
 def _gateway(session: aiohttp.ClientSession, name: str, node: Member) -> Hop:
     return Hop(name, http(session, str(node.ready["gateway"]) + PATH, {}), [node.pid])
-
-
-async def _turn(path: Hop, tokens: int, *, keep: bool) -> None:
-    if path.failed is not None:
-        return
-    try:
-        await measure_first(path, keep=keep)
-        for level in LEVELS:
-            await measure(path, level, tokens, keep=keep)
-    except aiohttp.ClientError as error:
-        path.failed = f"{type(error).__name__}: {error}"
 
 
 def report(paths: list[Hop], held: dict[str, float], tokens: int) -> None:

@@ -235,14 +235,15 @@ async def compare(rounds: int, tokens: int) -> list[Hop]:
                     paths.append(Hop("litellm", ask, lite[1]))
                 for number in range(rounds + 1):
                     for path in paths[number % len(paths) :] + paths[: number % len(paths)]:
-                        await _turn(path, tokens, keep=number > 0)
+                        await take_turn(path, tokens, keep=number > 0)
                     print(f"round {number} of {rounds}", file=sys.stderr)
                 return paths
         finally:
             await cluster.down()
 
 
-async def _turn(path: Hop, tokens: int, *, keep: bool) -> None:
+async def take_turn(path: Hop, tokens: int, *, keep: bool) -> None:
+    """All measurements of one path, once; a path that failed is left out from then on."""
     if path.failed is not None:
         return
     try:

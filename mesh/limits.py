@@ -11,7 +11,6 @@ DEFAULT_PORT: Final = 9470
 HANDSHAKE_TIMEOUT: Final = 5.0
 MAX_HANDSHAKE_MESSAGE: Final = 1024
 """Nothing larger is buffered before a peer has authenticated."""
-MAX_CLOCK_SKEW: Final = 300.0
 MAX_HALF_OPEN: Final = 256
 MAX_HALF_OPEN_PER_NETWORK: Final = 16
 """Half-open connections per /24 (IPv4) or /64 (IPv6); loopback is exempt, the total is not."""
