@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,15 +16,16 @@ from mesh.errors import ConnectFailed, NoWorkers, ProtocolError, QMeshError
 from mesh.identity import NodeId
 from mesh.records import WorkerRecord, open_record
 from mesh.tasks import TaskOwner
-from mesh.transport import Connection
 
 FRESH = 30.0
 """Seconds for which an answer about workers is used again."""
+STAGGER = 0.3
+"""Seconds that the first entry node has for its answer before the second is asked too."""
 WANT = 16
 MAX_KNOWN = 64
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EntryNode:
     """A node to ask; where its id is known nobody else can pose as it."""
 
@@ -116,56 +118,71 @@ class Directory:
     async def _ask(
         self, method: str, meta: Mapping[str, Any], useful: Callable[[Mapping[str, Any]], Any]
     ) -> Mapping[str, Any]:
-        """One question to the entry nodes in turn, until an answer is useful: a node that has just
-        started knows nobody yet. Raises ConnectFailed where none answers at all.
+        """One question to the entry nodes until an answer is useful: a node that has just started knows
+        nobody yet. The next is asked at once when one fails, and otherwise `STAGGER` later, then twice as
+        long later, so that neither a dead node is waited for nor a slow answer asked of everybody.
+
+        Raises ConnectFailed where none answers at all.
         """
         failures: list[str] = []
         answer: Mapping[str, Any] | None = None
-        async for connection in self._ways_in(failures):
-            try:
-                async with asyncio.timeout(self._timeout):
-                    stream = await connection.open(method, meta)
-                    async with stream:
-                        while await stream.read() is not None:
-                            pass
-                        answer = stream.trailer or {}
-            except (QMeshError, OSError, TimeoutError) as error:
-                if isinstance(error, TimeoutError):
-                    with contextlib.suppress(
-                        QMeshError
-                    ):  # where it is gone, the next question finds that out
-                        await self._pool.verify(connection, self._timeout)
-                failures.append(f"{format_address(*connection.remote_address[:2])}: {_reason(error)}")
-                continue
-            if useful(answer):
-                return answer
+        asked: set[NodeId] = set()
+        waiting = deque(self._ways_in())
+        running: dict[asyncio.Task[Mapping[str, Any] | None], EntryNode] = {}
+        pause = STAGGER
+        try:
+            while waiting or running:
+                if waiting:
+                    entry = waiting.popleft()
+                    running[asyncio.create_task(self._ask_one(entry, asked, method, meta))] = entry
+                done, _ = await asyncio.wait(
+                    running, timeout=pause if waiting else None, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    pause *= 2
+                for task in done:
+                    entry = running.pop(task)
+                    try:
+                        told = task.result()
+                    except (QMeshError, OSError) as error:
+                        failures.append(f"{format_address(*entry.address)}: {_reason(error)}")
+                        continue
+                    if told is not None:
+                        answer = told
+                        if useful(told):
+                            return told
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
         if answer is None:
             raise ConnectFailed("no entry node can be reached (" + "; ".join(failures) + ")")
         return answer
 
-    async def _ways_in(self, failures: list[str]) -> AsyncIterator[Connection]:
-        """Connections to ask, those that are open first."""
+    async def _ask_one(
+        self, entry: EntryNode, asked: set[NodeId], method: str, meta: Mapping[str, Any]
+    ) -> Mapping[str, Any] | None:
+        """The answer of one entry node, or None if it is among the `asked` already."""
+        connection = await self._pool.enter(entry.address, entry.peer)
+        # Trust on first use: from now on only this node is accepted at the address.
+        entry.peer = connection.peer_id
+        if connection.peer_id in asked:
+            return None
+        asked.add(connection.peer_id)
+        try:
+            async with asyncio.timeout(self._timeout), await connection.open(method, meta) as stream:
+                while await stream.read() is not None:
+                    pass
+                return stream.trailer or {}
+        except TimeoutError:
+            with contextlib.suppress(QMeshError):  # where it is gone, the next question finds that out
+                await self._pool.verify(connection, self._timeout)
+            raise
+
+    def _ways_in(self) -> list[EntryNode]:
+        """Whom to ask, those with an open connection first."""
         entries = [*self._entries, *self._known.values()]
-        tried: set[NodeId] = set()
-        for entry in entries:
-            connection = None if entry.peer is None else self._pool.peek(entry.peer)
-            if connection is not None:
-                tried.add(connection.peer_id)
-                yield connection
-        for index, entry in enumerate(entries):
-            if entry.peer in tried:
-                continue
-            try:
-                connection = await self._pool.enter(entry.address, entry.peer)
-            except (QMeshError, OSError) as error:
-                failures.append(f"{format_address(*entry.address)}: {_reason(error)}")
-                continue
-            if entry.peer is None:
-                # Trust on first use: from now on only this node is accepted at the address.
-                self._entries[index] = EntryNode(entry.address, connection.peer_id)
-            if connection.peer_id not in tried:
-                tried.add(connection.peer_id)
-                yield connection
+        return sorted(entries, key=lambda entry: entry.peer is None or self._pool.peek(entry.peer) is None)
 
 
 def _reason(error: BaseException) -> str:

@@ -127,6 +127,53 @@ async def test_an_entry_is_trusted_at_its_first_use_and_nobody_else_there_later(
     await mesh.close()
 
 
+async def test_a_dead_entry_node_does_not_make_the_client_wait() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as black_hole:
+        port = black_hole.getsockname()[1]
+        async with node(Identity(), {"models": says({"models": {"a": 1}})}) as address:
+            began = time.monotonic()
+            async with MeshClient([f"127.0.0.1:{port}", address], timeouts=Timeouts(connect=60)) as mesh:
+                assert [model.name for model in await mesh.models()] == ["a"]
+                assert [model.name for model in await mesh.models()] == ["a"]
+            assert time.monotonic() - began < seconds(3)
+        black_hole.settimeout(seconds(5))
+        caller, _ = black_hole.accept()
+        with caller:
+            caller.settimeout(seconds(5))
+            while caller.recv(4096):  # what it had said, then the end
+                pass
+        black_hole.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            black_hole.accept()  # the second question went straight to the node that had answered
+
+
+async def test_a_slow_entry_node_is_left_for_one_that_answers() -> None:
+    left = asyncio.Event()
+
+    async def hang(stream: Stream) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            left.set()
+
+    async with (
+        node(Identity(), {"models": hang}) as slow,
+        node(Identity(), {"models": says({"models": {"a": 1}})}) as live,
+        MeshClient([slow, live], timeouts=Timeouts(find=60)) as mesh,
+        asyncio.timeout(seconds(5)),
+    ):
+        assert [model.name for model in await mesh.models()] == ["a"]
+        await left.wait()
+
+
+async def test_a_useless_answer_is_given_where_nobody_has_a_better_one() -> None:
+    async with (
+        node(Identity(), {"models": says({"models": {}})}) as empty,
+        MeshClient([empty, "127.0.0.1:1"], timeouts=Timeouts(find=seconds(2))) as mesh,
+    ):
+        assert await mesh.models() == []
+
+
 async def test_identical_questions_are_asked_once_and_remembered() -> None:
     asked: list[str] = []
     worker = Identity()
