@@ -28,6 +28,7 @@ from mesh.entry import parse_entry
 from mesh.errors import BadRequest, MalformedMessage
 from mesh.identity import Identity
 from mesh.network import OPEN_NETWORK, Network
+from mesh.transport import Connection
 
 Message = Mapping[str, Any]
 
@@ -43,7 +44,8 @@ class MeshClient:
     `join` is one entry node or several, each as `HOST:PORT`, `ID@HOST:PORT` or a join token. A token
     brings the network's name and secret along; otherwise `network` names it (default: the open one).
     Without an `identity` the client makes one for itself. `on_event` is called, in the client's own event
-    loop, for every retry, hedge and splice; it must not block or raise.
+    loop, for every retry, hedge and splice; it must not block or raise. `own_node` is for a client inside
+    a node and with its identity: it connects the two without a socket (`Listener.connect_within`).
 
     Raises ConfigurationError for an entry that cannot be read. Nothing is connected before the first
     request. ::
@@ -61,11 +63,12 @@ class MeshClient:
         identity: Identity | None = None,
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
         on_event: Callable[[RouteEvent], None] | None = None,
+        own_node: Callable[[], Connection] | None = None,
     ) -> None:
         self.timeouts = timeouts
         self.network, ways = _resolve([join] if isinstance(join, str) else list(join), network)
         self.identity = identity or Identity()
-        self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect)
+        self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect, own_node=own_node)
         self._directory = Directory(self._pool, ways, timeout=timeouts.find)
         self._rng = random.Random()  # noqa: S311 - nothing here is a secret
         self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, self._rng, on_event=on_event)

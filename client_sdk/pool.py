@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+from mesh.address import format_address
 from mesh.errors import ConnectFailed, ConnectionClosed, DeadlineExceeded, ErrorCode
 from mesh.identity import Identity, NodeId
 from mesh.network import Network
@@ -17,13 +18,30 @@ KEPT = 64
 """Connections kept open although nothing runs on them."""
 
 
-class Pool:
-    """Connections by node id. Callers that want the same peer at once share one connection attempt."""
+def where(connection: Connection) -> str | None:
+    """The other end's `HOST:PORT`; None where it is in this process."""
+    host, port = connection.remote_address
+    return format_address(host, port) if host else None
 
-    def __init__(self, identity: Identity, network: Network, *, connect_timeout: float) -> None:
+
+class Pool:
+    """Connections by node id. Callers that want the same peer at once share one connection attempt.
+
+    `own_node` connects to the node that this client is a part of, whose identity it then has.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        network: Network,
+        *,
+        connect_timeout: float,
+        own_node: Callable[[], Connection] | None = None,
+    ) -> None:
         self.identity = identity
         self.network = network
         self.connect_timeout = connect_timeout
+        self._own_node = own_node
         self._connections: dict[NodeId, Connection] = {}
         """The one used last is the last one."""
         self._leaving: set[Connection] = set()
@@ -51,7 +69,7 @@ class Pool:
             return connection
         if self._closed:
             raise ConnectionClosed("the client is closed")
-        if not addresses:
+        if not addresses and self._within(peer) is None:
             raise ConnectFailed(f"the worker {peer.hex()[:12]} has no address that can be used from here")
         return await self._tasks.shared(peer, lambda: self._open(addresses, peer))
 
@@ -97,13 +115,17 @@ class Pool:
         )
 
     async def _open(self, addresses: Sequence[Address], peer: NodeId | None) -> Connection:
-        connection = await connect_any(
-            addresses,
-            identity=self.identity,
-            network=self.network,
-            peer_id=peer,
-            timeout=self.connect_timeout,
-        )
+        within = self._within(peer)
+        if within is not None:
+            connection = within()
+        else:
+            connection = await connect_any(
+                addresses,
+                identity=self.identity,
+                network=self.network,
+                peer_id=peer,
+                timeout=self.connect_timeout,
+            )
         if self._closed:
             await connection.close(ErrorCode.CANCELLED, "client closed")
             raise ConnectionClosed("the client is closed")
@@ -117,6 +139,9 @@ class Pool:
         self._tidy()
         self._connections[connection.peer_id] = connection
         return connection
+
+    def _within(self, peer: NodeId | None) -> Callable[[], Connection] | None:
+        return self._own_node if peer == self.identity.id else None
 
     def _tidy(self) -> None:
         """Forget what is closed, and close what was not used for longest where there is much of it."""

@@ -204,9 +204,10 @@ class Node:
     def _open_gateway(self, address: str, entry: str, identity: Identity, network: Network) -> Gateway:
         """The OpenAI API of this node; it enters the mesh through the node itself. Raises ConfigurationError."""
         assert self._state is not None
+        assert self._listener is not None
         return Gateway(
             address,
-            mesh_client(entry, network, identity),
+            mesh_client(entry, network, identity, self._listener.connect_within),
             self.config.data_dir,
             settings=self.config.api,
             or_next=not self.loaded.explicit("gateway"),

@@ -35,13 +35,14 @@ class Link:
         rekey_after: int = REKEY_AFTER_FRAMES,
         window: int = INITIAL_CREDIT,
         load: Callable[[], Mapping[str, Any]] = no_load,
+        cipher: Callable[[bytes], CipherState] = CipherState,
     ) -> None:
         one, two = bytes([4]) * 32, bytes([5]) * 32
         self.now = 0.0
         self.initiator = ConnectionState(
             initiator=True,
-            send=CipherState(one),
-            receive=CipherState(two),
+            send=cipher(one),
+            receive=cipher(two),
             now=0.0,
             load=no_load,
             peer_max_streams=max_streams,
@@ -50,8 +51,8 @@ class Link:
         )
         self.responder = ConnectionState(
             initiator=False,
-            send=CipherState(two),
-            receive=CipherState(one),
+            send=cipher(two),
+            receive=cipher(one),
             now=0.0,
             load=load,
             max_streams=max_streams,

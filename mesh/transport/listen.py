@@ -10,14 +10,17 @@ from contextlib import suppress
 from typing import cast
 
 from mesh.admission import Admission, AdmissionPolicy, Refusal
-from mesh.errors import ErrorCode, ProtocolError
+from mesh.errors import ConnectFailed, ErrorCode, ProtocolError
 from mesh.frames import Meta
 from mesh.handshake import WHOIS_NONCE_SIZE, Agreed, Responder, take_message, whois_reply
 from mesh.identity import Identity, short_id
+from mesh.join import INVITATION_ID_SIZE, invitation_key
 from mesh.limits import HANDSHAKE_TIMEOUT, MAX_HANDSHAKE_MESSAGE
 from mesh.network import Network
 from mesh.noise import KEY_SIZE
+from mesh.transport.admit import admitting
 from mesh.transport.connection import Connection
+from mesh.transport.memory import agreed_within, link
 from mesh.transport.sockets import USER_AGENT, complain, peer_address, read_buffer, set_options, unix_ms
 from mesh.transport.stream import Handler
 
@@ -35,11 +38,16 @@ async def serve(
     policy: AdmissionPolicy | None = None,
     user_agent: str = USER_AGENT,
     sock: socket.socket | None = None,
+    invited: Callable[[bytes], bool] | None = None,
 ) -> Listener:
-    """Listen on an address (port 0: any), or on a bound socket. Raises OSError where that fails."""
+    """Listen on an address (port 0: any), or on a bound socket. Raises OSError where that fails.
+
+    `invited` says whether the invitation of an id is one of this node's and still good; without it there
+    are none.
+    """
     listener = Listener(
         identity=identity, network=network, on_stream=on_stream, load=load,
-        policy=policy or AdmissionPolicy(), user_agent=user_agent,
+        policy=policy or AdmissionPolicy(), user_agent=user_agent, invited=invited,
     )  # fmt: skip
     await listener.start(host, port, sock)
     return listener
@@ -57,6 +65,7 @@ class Listener:
         load: Callable[[], Meta] | None,
         policy: AdmissionPolicy,
         user_agent: str,
+        invited: Callable[[bytes], bool] | None,
     ) -> None:
         self.address: tuple[str, int] = ("", 0)
         """Host and port that it listens on."""
@@ -68,6 +77,7 @@ class Listener:
         self._visitors: set[_Visitor] = set()
         self._on_stream = on_stream
         self._load = load
+        self._invited = invited
         self._server: asyncio.Server | None = None
         self._closing = False
         self._empty = asyncio.Event()
@@ -107,6 +117,31 @@ class Listener:
         await self._empty.wait()
         self._ended.set()
 
+    def connect_within(self) -> Connection:
+        """A connection to this listener for its node's own client: in memory, so not encrypted, and never
+        reachable from outside the process. It is drained and closed with the others.
+
+        Raises ConnectFailed when the listener is closing.
+        """
+        if self._closing:
+            raise ConnectFailed("the node is shutting down")
+        own_id = self.identity.id
+        served = Connection(
+            agreed_within(own_id, self.user_agent), initiator=False, on_stream=self._on_stream,
+            load=self._load, on_bug=self._broken, on_gone=self._gone_within,
+        )  # fmt: skip
+        calling = Connection(
+            agreed_within(own_id, self.user_agent), initiator=True, on_stream=None, load=None
+        )
+        self.connections.add(served)
+        link(calling, served)
+        calling.greet()
+        return calling
+
+    def _gone_within(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        self._check_empty()
+
     def _check_empty(self) -> None:
         if self._closing and not self._visitors and not self.connections:
             self._empty.set()
@@ -135,11 +170,22 @@ class Listener:
         self.connections.discard(connection)
         self.left(visitor)
 
-    def agreed(self, visitor: _Visitor, agreed: Agreed) -> Connection:
-        """A visitor completed its handshake."""
+    def door(self, invitation_id: bytes) -> Network:
+        """The network of the handshake with a guest. Where the invitation is no good, it is one whose key
+        nobody has, so that the guest cannot tell that from another mesh.
+        """
+        good = self._invited is not None and self._invited(invitation_id)
+        key = invitation_key(self.network, invitation_id) if good else None
+        return Network(self.network.name, key or secrets.token_bytes(KEY_SIZE))
+
+    def agreed(self, visitor: _Visitor, agreed: Agreed, *, guest: bool) -> Connection:
+        """A visitor completed its handshake. A guest, who has shown no more than an invitation, counts as
+        half-open to its end, and is told nothing but the secret.
+        """
         connection = Connection(
-            agreed, initiator=False, on_stream=self._on_stream, load=self._load, on_bug=self._broken,
-            on_gone=visitor.gone, on_heard=visitor.heard,
+            agreed, initiator=False, on_stream=admitting(self.network) if guest else self._on_stream,
+            load=None if guest else self._load, on_bug=self._broken, on_gone=visitor.gone,
+            on_heard=None if guest else visitor.heard,
         )  # fmt: skip
         self._visitors.discard(visitor)
         self.connections.add(connection)
@@ -153,13 +199,16 @@ class Listener:
 class _Visitor(asyncio.BufferedProtocol):
     """An accepted socket until its handshake is done."""
 
-    __slots__ = ("_asked", "_buffer", "_connection", "_listener", "_read_buffer", "_timer", "_transport")
+    __slots__ = (
+        "_asked", "_buffer", "_connection", "_door", "_listener", "_read_buffer", "_timer", "_transport",
+    )  # fmt: skip
 
     def __init__(self, listener: Listener) -> None:
         self._listener = listener
         self._read_buffer = read_buffer()[: MAX_HANDSHAKE_MESSAGE + 2]
         self._buffer = bytearray()
         self._asked = False
+        self._door: Network | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._connection: Connection | None = None
@@ -187,10 +236,13 @@ class _Visitor(asyncio.BufferedProtocol):
         self._buffer += self._read_buffer[:nbytes]
         try:
             while (message := take_message(self._buffer)) is not None:
-                if message or self._asked:
+                if self._asked or len(message) not in {0, INVITATION_ID_SIZE}:
                     self._answer(message)
                     return
                 self._asked = True
+                if message:
+                    self._door = self._listener.door(message)
+                    continue
                 nonce = secrets.token_bytes(WHOIS_NONCE_SIZE)
                 self._write(whois_reply(self._listener.network, self._listener.identity.id, nonce))
         except ProtocolError as error:
@@ -201,7 +253,7 @@ class _Visitor(asyncio.BufferedProtocol):
         listener = self._listener
         responder = Responder(
             listener.identity,
-            listener.network,
+            self._door or listener.network,
             ephemeral=secrets.token_bytes(KEY_SIZE),
             user_agent=listener.user_agent,
         )
@@ -209,8 +261,9 @@ class _Visitor(asyncio.BufferedProtocol):
         reply, agreed = responder.message_2(peer_id, unix_ms())
         self._write(reply)
         responder.check_version()
-        self._cancel_timer()
-        connection = self._connection = listener.agreed(self, agreed)
+        if self._door is None:
+            self._cancel_timer()  # a guest has no longer than the handshake
+        connection = self._connection = listener.agreed(self, agreed, guest=self._door is not None)
         if self._transport is not None:
             self._transport.set_protocol(connection)
             connection.connection_made(self._transport)
@@ -229,6 +282,7 @@ class _Visitor(asyncio.BufferedProtocol):
 
     def gone(self, connection: Connection) -> None:
         """The connection that this visitor became is gone."""
+        self._cancel_timer()
         self._listener.gone(self, connection)
 
     def _turn_away(self, refusal: Refusal) -> None:

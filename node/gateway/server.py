@@ -16,6 +16,7 @@ from aiohttp import web
 from client_sdk import MeshClient, Timeouts
 from mesh.identity import Identity
 from mesh.network import Network
+from mesh.transport import Connection
 from node.gateway import binding
 from node.gateway.call import Call
 from node.gateway.catalogue import Catalogue
@@ -276,9 +277,14 @@ class Gateway:
         log.info("%s %d", call.name, call.status, extra={"facts": facts})
 
 
-def mesh_client(join: str | Sequence[str], network: str | Network, identity: Identity | None) -> MeshClient:
-    """The client that a gateway stands on. It connects with the first request."""
-    return MeshClient(join, network=network, identity=identity, timeouts=TIMEOUTS)
+def mesh_client(
+    join: str | Sequence[str],
+    network: str | Network,
+    identity: Identity | None,
+    own_node: Callable[[], Connection] | None = None,
+) -> MeshClient:
+    """The client that a gateway stands on, in a node or alone. It connects with the first request."""
+    return MeshClient(join, network=network, identity=identity, timeouts=TIMEOUTS, own_node=own_node)
 
 
 class _Full(asyncio.Protocol):

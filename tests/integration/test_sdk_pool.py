@@ -11,10 +11,11 @@ from contextlib import asynccontextmanager
 import pytest
 
 from client_sdk import MeshClient, Timeouts
-from client_sdk.pool import Pool
+from client_sdk.pool import Pool, where
 from mesh.address import parse_address
 from mesh.errors import AuthenticationError, ConnectFailed, ConnectionClosed, DeadlineExceeded
 from mesh.identity import Identity
+from mesh.noise import CipherState
 from mesh.transport import Stream, serve
 from tests.sdk_support import MODEL, OPEN, node, record, says
 from tests.support import seconds
@@ -84,6 +85,27 @@ async def test_closing_while_connecting_leaves_nothing(steps: int) -> None:
         with pytest.raises(ConnectionClosed):
             await one.enter(listener.address)
         await listener.close(0)
+
+
+async def test_only_the_own_node_is_reached_without_a_socket() -> None:
+    own, other = Identity(), Identity()
+    listener = await serve("127.0.0.1", 0, identity=own, network=OPEN, on_stream=unexpected)
+    one = Pool(own, OPEN, connect_timeout=seconds(5), own_node=listener.connect_within)
+    async with node(other, {}) as address:
+        within = await one.get(own.id, [])
+        assert where(within) is None
+        assert await one.enter(listener.address, own.id) is within
+        assert (await one.get(own.id, [listener.address])) is within
+        direct = await one.get(other.id, [parse_address(address)])
+        assert where(direct) == address
+        assert type(direct.state._receive) is CipherState, "encrypted"
+        await one.close()
+    await listener.close(0)
+    assert within.closed
+    one = Pool(own, OPEN, connect_timeout=seconds(5), own_node=listener.connect_within)
+    with pytest.raises(ConnectFailed, match="shutting down"):
+        await one.get(own.id, [listener.address])
+    await one.close()
 
 
 async def test_nobody_can_pose_as_a_peer() -> None:

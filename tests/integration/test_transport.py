@@ -94,7 +94,13 @@ async def read_all(stream: Stream) -> bytes:
     return await stream.read_all(1 << 30, seconds(10))
 
 
+async def within(listener: Listener) -> Connection:
+    return listener.connect_within()
+
+
 Run = Callable[[Coroutine[Any, Any, None]], None]
+Call = Callable[[Listener], Coroutine[Any, Any, Connection]]
+both_ways = pytest.mark.parametrize("call", [dial, within])
 
 
 @pytest.mark.parametrize("network", [OPEN, PRIVATE], ids=["open", "private"])
@@ -128,10 +134,33 @@ def test_a_request_is_answered(run: Run, network: Network, known: bool) -> None:
     run(scenario())
 
 
-def test_large_bodies_stream_both_ways_on_many_streams(run: Run) -> None:
+def test_a_nodes_own_client_needs_no_socket(run: Run) -> None:
+    async def scenario() -> None:
+        nobody = AdmissionPolicy(allow=frozenset(), max_connections=0, max_connections_per_peer=0)
+        async with listening(policy=nobody, load=lambda: {"busy": 2}) as listener:
+            connection = listener.connect_within()
+            assert connection.peer_id == BOB.id
+            assert connection.remote_address == ("", 0)
+            async with await connection.open("echo", {"n": 1}, b"hello") as stream:
+                assert await stream.head(seconds(5)) == {"method": "echo", "n": 1}
+                assert await read_all(stream) == b"hello"
+                assert stream.trailer == {"size": 5}
+            assert 0 <= await connection.ping(seconds(5)) < 5
+            assert connection.load == {"busy": 2}
+            (served,) = listener.connections
+            assert served.peer_id == BOB.id
+            await connection.close()
+            await served.wait_closed()
+            assert not listener.connections
+
+    run(scenario())
+
+
+@both_ways
+def test_large_bodies_stream_both_ways_on_many_streams(run: Run, call: Call) -> None:
     async def scenario() -> None:
         async with listening() as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             body = bytes(range(256)) * 4096  # 1 MiB
 
             async def one() -> None:
@@ -152,10 +181,11 @@ def test_large_bodies_stream_both_ways_on_many_streams(run: Run) -> None:
     run(scenario())
 
 
-def test_a_thousand_streams_at_once(run: Run) -> None:
+@both_ways
+def test_a_thousand_streams_at_once(run: Run, call: Call) -> None:
     async def scenario() -> None:
         async with listening() as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             streams = [await connection.open("echo", {"n": n}, b"%d" % n) for n in range(1000)]
             assert connection.open_streams == 1000
             for n, stream in enumerate(streams):
@@ -166,7 +196,8 @@ def test_a_thousand_streams_at_once(run: Run) -> None:
     run(scenario())
 
 
-def test_errors_of_a_handler_arrive_by_name(run: Run) -> None:
+@both_ways
+def test_errors_of_a_handler_arrive_by_name(run: Run, call: Call) -> None:
     async def handler(stream: Stream) -> None:
         errors: dict[str, Exception] = {
             "full": Overloaded("queue is full", retry_after=1.5),
@@ -179,7 +210,7 @@ def test_errors_of_a_handler_arrive_by_name(run: Run) -> None:
 
     async def scenario() -> None:
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             for method, kind, text in (
                 ("full", Overloaded, "queue is full"),
                 ("long", ContextExceeded, "8000 tokens"),
@@ -276,7 +307,8 @@ def test_one_reader_and_one_writer_at_a_time(run: Run) -> None:
     run(scenario())
 
 
-def test_leaving_a_stream_cancels_its_handler(run: Run) -> None:
+@both_ways
+def test_leaving_a_stream_cancels_its_handler(run: Run, call: Call) -> None:
     async def scenario() -> None:
         ended = asyncio.Event()
 
@@ -290,7 +322,7 @@ def test_leaving_a_stream_cancels_its_handler(run: Run) -> None:
                 ended.set()
 
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             async with await connection.open("infer", {}) as stream:
                 await stream.read(seconds(5))
             assert stream.closed
@@ -305,7 +337,8 @@ def test_leaving_a_stream_cancels_its_handler(run: Run) -> None:
     run(scenario())
 
 
-def test_a_lost_connection_cancels_handlers_and_fails_streams(run: Run) -> None:
+@both_ways
+def test_a_lost_connection_cancels_handlers_and_fails_streams(run: Run, call: Call) -> None:
     async def scenario() -> None:
         begun, ended = asyncio.Event(), asyncio.Event()
 
@@ -317,17 +350,20 @@ def test_a_lost_connection_cancels_handlers_and_fails_streams(run: Run) -> None:
                 ended.set()
 
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             stream = await connection.open("infer", {}, end=False)
             await begun.wait()
+            (served,) = listener.connections
             connection.abort()
             with pytest.raises(ConnectionClosed):
                 await stream.read()
             await ended.wait()
-            second = await dial(listener)
+            await served.wait_closed()
+            second = await call(listener)
             stream = await second.open("infer", {}, end=False)
             pinging = asyncio.create_task(second.ping(seconds(20)))
-            next(iter(listener.connections)).abort()
+            (served,) = listener.connections
+            served.abort()
             with pytest.raises(ConnectionClosed):
                 await stream.head(seconds(5))
             with pytest.raises(ConnectionClosed):
@@ -339,14 +375,15 @@ def test_a_lost_connection_cancels_handlers_and_fails_streams(run: Run) -> None:
     run(scenario())
 
 
-def test_waits_have_deadlines(run: Run) -> None:
+@both_ways
+def test_waits_have_deadlines(run: Run, call: Call) -> None:
     async def handler(stream: Stream) -> None:
         await stream.read()
         await asyncio.sleep(3600)
 
     async def scenario() -> None:
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             async with await connection.open("infer", {}) as stream:
                 with pytest.raises(DeadlineExceeded):
                     await stream.head(0.01)
@@ -377,13 +414,14 @@ def test_the_peer_opens_streams_too(run: Run) -> None:
     run(scenario())
 
 
-def test_a_refused_upload_ends_with_the_answer(run: Run) -> None:
+@both_ways
+def test_a_refused_upload_ends_with_the_answer(run: Run, call: Call) -> None:
     async def handler(stream: Stream) -> None:
         await stream.end({"refused": "too large"})
 
     async def scenario() -> None:
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             stream = await connection.open("upload", {}, bytes(10 << 20))
             assert await stream.read(seconds(5)) is None
             assert stream.trailer == {"refused": "too large"}
@@ -395,7 +433,8 @@ def test_a_refused_upload_ends_with_the_answer(run: Run) -> None:
     run(scenario())
 
 
-def test_closing_a_listener_drains(run: Run) -> None:
+@both_ways
+def test_closing_a_listener_drains(run: Run, call: Call) -> None:
     async def scenario() -> None:
         release = asyncio.Event()
 
@@ -405,15 +444,15 @@ def test_closing_a_listener_drains(run: Run) -> None:
             await stream.end({"done": True})
 
         async with listening(handler) as listener:
-            connection = await dial(listener)
-            idle = await dial(listener)
+            connection = await call(listener)
+            idle = await call(listener)
             stream = await connection.open("infer", {})
             assert await stream.read(seconds(5)) == b"begun"
             closing = asyncio.create_task(listener.close(seconds(10)))
             await idle.wait_closed()
             assert "shutting down" in idle.close_reason
             with pytest.raises(ConnectFailed):
-                await dial(listener)
+                await call(listener)
             assert not connection.accepts_streams
             with pytest.raises(ShuttingDown):
                 await connection.open("infer", {})
@@ -426,14 +465,15 @@ def test_closing_a_listener_drains(run: Run) -> None:
     run(scenario())
 
 
-def test_what_does_not_drain_in_time_is_ended(run: Run) -> None:
+@both_ways
+def test_what_does_not_drain_in_time_is_ended(run: Run, call: Call) -> None:
     async def scenario() -> None:
         async def handler(stream: Stream) -> None:
             await stream.send(b"begun")
             await asyncio.sleep(3600)
 
         async with listening(handler) as listener:
-            connection = await dial(listener)
+            connection = await call(listener)
             stream = await connection.open("infer", {})
             assert await stream.read(seconds(5)) == b"begun"
             await listener.close(0.05)

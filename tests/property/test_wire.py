@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from mesh.events import Event, Failed
 from mesh.frames import Data, End, GoAway, Head, Open, Reset, decode, encode
 from mesh.limits import INITIAL_CREDIT
 from mesh.noise import CipherState
+from mesh.transport.memory import Plain
 from tests.wire_support import Link, no_load
 
 META = st.dictionaries(
@@ -89,9 +91,11 @@ class Interleaving(RuleBasedStateMachine):
     What was sent on a stream is a counting pattern, so that any byte out of place is seen.
     """
 
+    cipher: Callable[[bytes], CipherState] = CipherState
+
     def __init__(self) -> None:
         super().__init__()
-        self.link = Link(max_streams=8, rekey_after=5)
+        self.link = Link(max_streams=8, rekey_after=5, cipher=type(self).cipher)
         self.ends = {"initiator": self.link.initiator, "responder": self.link.responder}
         self.sent: dict[tuple[str, int], int] = defaultdict(int)
         self.ended: set[tuple[str, int]] = set()
@@ -240,6 +244,16 @@ TestInterleaving = Interleaving.TestCase
 TestInterleaving.settings = settings(
     max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
+
+
+class InterleavingWithin(Interleaving):
+    """The same where nothing is encrypted: between a node and its own client."""
+
+    cipher = staticmethod(lambda _: Plain())
+
+
+TestInterleavingWithin = InterleavingWithin.TestCase
+TestInterleavingWithin.settings = settings(TestInterleaving.settings, max_examples=50)
 
 
 @settings(max_examples=30, deadline=None)

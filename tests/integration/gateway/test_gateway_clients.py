@@ -58,11 +58,30 @@ def test_openai_chat(client: openai.OpenAI, nodes: list[Member]) -> None:
     assert answer.choices[0].message.content
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 12
-    assert raw.headers["X-QMesh-Worker"] in {node.worker_id for node in nodes}
-    assert raw.headers["X-QMesh-Path"].startswith("direct 127.0.0.1:")
+    paths = {nodes[0].worker_id: "local", nodes[1].worker_id: f"direct {nodes[1].address}"}
+    assert raw.headers["X-QMesh-Path"] == paths[raw.headers["X-QMesh-Worker"]]
     assert raw.headers["X-QMesh-Attempts"] == "1"
     assert float(raw.headers["X-QMesh-Queue-Ms"]) >= 0
     assert len(raw.headers["X-QMesh-Request-Id"]) == 24
+
+
+def test_a_node_asks_itself_without_a_socket(nodes: list[Member]) -> None:
+    paths = []
+    for node in nodes:
+        with openai.OpenAI(base_url=f"{node.ready['gateway']}/v1", api_key="none", max_retries=0) as client:
+            raw = client.completions.with_raw_response.create(model=SOLO, prompt="A", max_tokens=4)
+            assert raw.headers["X-QMesh-Worker"] == nodes[0].worker_id
+            paths.append(raw.headers["X-QMesh-Path"])
+    assert paths == ["local", f"direct {nodes[0].address}"]
+    wire = int(nodes[0].address.rpartition(":")[2])
+    callers = []
+    for node in nodes:
+        process = node.process()
+        assert process is not None
+        callers.append(
+            [one for one in process.net_connections("tcp") if one.raddr and one.raddr.port == wire]
+        )
+    assert [len(connections) for connections in callers] == [0, 1]
 
 
 def test_openai_stream(client: openai.OpenAI) -> None:
