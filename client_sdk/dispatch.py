@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from client_sdk.directory import Directory
 from client_sdk.events import decode_object
 from client_sdk.hedging import SHARE, Hedging
-from client_sdk.pool import Pool, where
+from client_sdk.pool import Pool
 from client_sdk.scoreboard import Scoreboard
 from client_sdk.selection import Choice, Need, choose, expected
 from client_sdk.types import Explanation, RouteEvent, Timeouts, WorkerInfo
-from mesh.address import usable_addresses
+from mesh.address import format_address, usable_addresses
 from mesh.errors import (
     BackendFailed,
     BadRequest,
@@ -270,5 +270,5 @@ def refusal(status: int, body: bytes) -> QMeshError:
 
 
 def _path(connection: Connection) -> str:
-    address = where(connection)
-    return "local" if address is None else f"direct {address}"
+    host, port = connection.remote_address
+    return f"direct {format_address(host, port)}" if host else "local"

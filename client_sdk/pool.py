@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from mesh.address import format_address
 from mesh.errors import ConnectFailed, ConnectionClosed, DeadlineExceeded, ErrorCode
 from mesh.identity import Identity, NodeId
 from mesh.network import Network
@@ -16,12 +15,6 @@ Address = tuple[str, int]
 
 KEPT = 64
 """Connections kept open although nothing runs on them."""
-
-
-def where(connection: Connection) -> str | None:
-    """The other end's `HOST:PORT`; None where it is in this process."""
-    host, port = connection.remote_address
-    return format_address(host, port) if host else None
 
 
 class Pool:

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from client_sdk import MeshClient, Timeouts
-from client_sdk.pool import Pool, where
+from client_sdk.pool import Pool
 from mesh.address import parse_address
 from mesh.errors import AuthenticationError, ConnectFailed, ConnectionClosed, DeadlineExceeded
 from mesh.identity import Identity
@@ -93,11 +93,11 @@ async def test_only_the_own_node_is_reached_without_a_socket() -> None:
     one = Pool(own, OPEN, connect_timeout=seconds(5), own_node=listener.connect_within)
     async with node(other, {}) as address:
         within = await one.get(own.id, [])
-        assert where(within) is None
+        assert within.remote_address == ("", 0)
         assert await one.enter(listener.address, own.id) is within
         assert (await one.get(own.id, [listener.address])) is within
         direct = await one.get(other.id, [parse_address(address)])
-        assert where(direct) == address
+        assert direct.remote_address == parse_address(address)
         assert type(direct.state._receive) is CipherState, "encrypted"
         await one.close()
     await listener.close(0)
