@@ -12,7 +12,7 @@ from typing import cast
 from mesh.handshake import Agreed
 from mesh.identity import NodeId
 from mesh.limits import INITIAL_CREDIT, MAX_STREAMS, WRITE_HIGH_WATER
-from mesh.noise import CipherState
+from mesh.noise import KEY_SIZE, CipherState
 
 
 class Plain(CipherState):
@@ -21,14 +21,14 @@ class Plain(CipherState):
     __slots__ = ()
 
     def __init__(self) -> None:
-        super().__init__(b"")
+        super().__init__(bytes(KEY_SIZE))
 
-    def encrypt(self, plaintext: bytes, associated: bytes = b"") -> bytes:
+    def encrypt(self, plaintext: bytes) -> bytes:
         """The plaintext."""
         self.nonce += 1
         return plaintext
 
-    def decrypt(self, ciphertext: bytes, associated: bytes = b"") -> bytes:
+    def decrypt(self, ciphertext: bytes) -> bytes:
         """The ciphertext."""
         self.nonce += 1
         return ciphertext
