@@ -27,6 +27,7 @@ from client_sdk.types import Completion, Explanation, ModelInfo, RouteEvent, Tim
 from mesh.entry import parse_entry
 from mesh.errors import BadRequest, MalformedMessage
 from mesh.identity import Identity
+from mesh.join import Invitation
 from mesh.network import OPEN_NETWORK, Network
 from mesh.transport import Connection
 
@@ -42,7 +43,8 @@ class MeshClient:
     """A client of the mesh that `join` leads to; an asynchronous context manager.
 
     `join` is one entry node or several, each as `HOST:PORT`, `ID@HOST:PORT` or a join token. A token
-    brings the network's name and secret along; otherwise `network` names it (default: the open one).
+    brings the network along (that of a private one is redeemed with the first request, so it must still be
+    good then; keep `network` for later); otherwise `network` names it (default: the open one).
     Without an `identity` the client makes one for itself. `on_event` is called, in the client's own event
     loop, for every retry, hedge and splice; it must not block or raise. `own_node` is for a client inside
     a node and with its identity: it connects the two without a socket (`Listener.connect_within`).
@@ -66,12 +68,19 @@ class MeshClient:
         own_node: Callable[[], Connection] | None = None,
     ) -> None:
         self.timeouts = timeouts
-        self.network, ways = _resolve([join] if isinstance(join, str) else list(join), network)
+        known, invitation, ways = _resolve([join] if isinstance(join, str) else list(join), network)
         self.identity = identity or Identity()
-        self._pool = Pool(self.identity, self.network, connect_timeout=timeouts.connect, own_node=own_node)
+        self._pool = Pool(
+            self.identity, known, connect_timeout=timeouts.connect, own_node=own_node, invitation=invitation
+        )
         self._directory = Directory(self._pool, ways, timeout=timeouts.find)
         self._rng = random.Random()  # noqa: S311 - nothing here is a secret
         self._dispatcher = Dispatcher(self._pool, self._directory, timeouts, self._rng, on_event=on_event)
+
+    @property
+    def network(self) -> Network:
+        """The mesh: its name, and once a private one was entered with a token, its secret too."""
+        return self._pool.network
 
     async def __aenter__(self) -> Self:
         return self
@@ -237,16 +246,19 @@ class MeshClient:
         return TokenStream(self._dispatcher, journal, need, model, priority)
 
 
-def _resolve(join: Sequence[str], network: str | Network) -> tuple[Network, list[EntryNode]]:
-    """The network and the entry nodes that the join arguments name."""
+def _resolve(
+    join: Sequence[str], network: str | Network
+) -> tuple[Network, Invitation | None, list[EntryNode]]:
+    """The network, or the invitation that leads there, and the entry nodes that the join arguments name."""
     chosen = network if isinstance(network, Network) else Network(network)
+    invitation: Invitation | None = None
     ways: list[EntryNode] = []
     for text in join:
         target = parse_entry(text, time.time())
-        if target.network is not None:
-            chosen = target.network
+        chosen = target.network or chosen
+        invitation = target.invitation or invitation
         ways += [EntryNode(address, target.peer) for address in target.addresses]
-    return chosen, ways
+    return chosen, invitation, ways
 
 
 def _prefix(messages: object) -> bytes | None:

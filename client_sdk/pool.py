@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 from mesh.errors import ConnectFailed, ConnectionClosed, DeadlineExceeded, ErrorCode
 from mesh.identity import Identity, NodeId
+from mesh.join import Invitation
 from mesh.network import Network
 from mesh.tasks import TaskOwner
-from mesh.transport import Connection, connect_any
+from mesh.transport import Connection, connect_any, redeem
 
 Address = tuple[str, int]
 
@@ -20,7 +21,8 @@ KEPT = 64
 class Pool:
     """Connections by node id. Callers that want the same peer at once share one connection attempt.
 
-    `own_node` connects to the node that this client is a part of, whose identity it then has.
+    `own_node` connects to the node that this client is a part of, whose identity it then has. With an
+    `invitation` the network's secret is asked of the inviter before the first connection.
     """
 
     def __init__(
@@ -30,11 +32,13 @@ class Pool:
         *,
         connect_timeout: float,
         own_node: Callable[[], Connection] | None = None,
+        invitation: Invitation | None = None,
     ) -> None:
         self.identity = identity
         self.network = network
         self.connect_timeout = connect_timeout
         self._own_node = own_node
+        self._invitation = invitation
         self._connections: dict[NodeId, Connection] = {}
         """The one used last is the last one."""
         self._leaving: set[Connection] = set()
@@ -115,7 +119,7 @@ class Pool:
             connection = await connect_any(
                 addresses,
                 identity=self.identity,
-                network=self.network,
+                network=await self._admitted(),
                 peer_id=peer,
                 timeout=self.connect_timeout,
             )
@@ -132,6 +136,14 @@ class Pool:
         self._tidy()
         self._connections[connection.peer_id] = connection
         return connection
+
+    async def _admitted(self) -> Network:
+        """The network, with its secret. Raises as `redeem` does."""
+        invitation = self._invitation
+        if invitation is not None:
+            self.network = await self._tasks.shared("join", lambda: redeem(invitation, self.identity))
+            self._invitation = None
+        return self.network
 
     def _within(self, peer: NodeId | None) -> Callable[[], Connection] | None:
         return self._own_node if peer == self.identity.id else None

@@ -4,6 +4,8 @@
 
     1  initiator -> responder   00 00                             only if it does not know the node id
     2  initiator <- responder   u16 length ‖ node id, sealed in a private mesh
+       or, only if it is invited and has no secret yet:
+    1  initiator -> responder   00 08 ‖ invitation id             and message 1 right behind it
     3  initiator -> responder   u16 length ‖ Noise message 1 {v, id, ua, t}
     4  initiator <- responder   u16 length ‖ Noise message 2 {v, ua, t, max_streams, window}
 
@@ -108,6 +110,11 @@ def open_whois_reply(network: Network, reply: bytes) -> NodeId:
     if len(node_id) != NODE_ID_SIZE:
         raise AuthenticationError("the node did not tell a node id: it is in another mesh, or no QMesh node")
     return NodeId(node_id)
+
+
+def announce_invitation(invitation_id: bytes) -> bytes:
+    """What an invited caller sends before message 1. No message 1 is as short, so its length tells it."""
+    return prefix_length(invitation_id)
 
 
 class Initiator:

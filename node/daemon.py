@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import socket
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from ipaddress import ip_address
@@ -32,6 +31,7 @@ from node.config import Loaded
 from node.folder import DataFolder
 from node.gateway.server import Gateway, mesh_client
 from node.inference import Inference
+from node.invitations import Invitations
 from node.logs import log_file
 from node.membership import resolve
 from node.models import EXIT_MODEL, choose_server, model_pool, named_models
@@ -110,12 +110,12 @@ class Node:
         """Everything up to `ready`; returns early when asked to stop meanwhile."""
         config = self.config
         identity = load_identity(folder.path)
-        network, seeds = resolve(
+        mesh = await resolve(
             folder.path,
             join=config.join,
             network=config.network if self.loaded.explicit("network") else None,
-            now=time.time(),
         )
+        network, seeds = mesh.network, mesh.seeds
         settings = await named_models(config)
         server = await asyncio.to_thread(choose_server, config, settings)
         tcp, udp = bind(config.listen, or_next=not self.loaded.explicit("listen"))
@@ -147,6 +147,7 @@ class Node:
             on_stream=service.handle,
             load=state.load,
             policy=config.peers.policy(identity.id),
+            invited=Invitations(folder.path).good,
         )
         # A bug in a handler ends the node, rather than only the request that met it.
         background.append(group.create_task(self._listener.wait_closed(), name="listener"))

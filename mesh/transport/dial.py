@@ -19,7 +19,14 @@ from mesh.errors import (
     TransportError,
 )
 from mesh.frames import Meta
-from mesh.handshake import WHOIS_REQUEST, Agreed, Initiator, open_whois_reply, take_message
+from mesh.handshake import (
+    WHOIS_REQUEST,
+    Agreed,
+    Initiator,
+    announce_invitation,
+    open_whois_reply,
+    take_message,
+)
 from mesh.identity import Identity, NodeId
 from mesh.limits import CONNECT_STAGGER, HANDSHAKE_TIMEOUT, MAX_HANDSHAKE_MESSAGE
 from mesh.network import Network
@@ -64,11 +71,13 @@ async def connect_any(
     on_stream: Handler | None = None,
     load: Callable[[], Meta] | None = None,
     timeout: float = HANDSHAKE_TIMEOUT,
+    invitation_id: bytes | None = None,
 ) -> Connection:
     """As `connect`, to whichever of a peer's addresses completes the handshake first.
 
     The next address is tried CONNECT_STAGGER after the last one, or at once when one failed (RFC 8305);
-    the losers are dropped.
+    the losers are dropped. With `invitation_id` it calls the inviter `peer_id` as its guest, through the
+    `network` that is the invitation's door.
     """
     addresses = list(addresses)
 
@@ -76,7 +85,7 @@ async def connect_any(
         return Connection(agreed, initiator=True, on_stream=on_stream, load=load)
 
     async def attempt(host: str, port: int) -> Connection:
-        caller = _Caller(identity, network, peer_id, user_agent, become)
+        caller = _Caller(identity, network, peer_id, user_agent, become, invitation_id)
         try:
             await asyncio.get_running_loop().create_connection(lambda: caller, host, port)
             return await caller.connected
@@ -98,8 +107,8 @@ class _Caller(asyncio.BufferedProtocol):
     """A socket that we opened, until its handshake is done and a Connection takes it over."""
 
     __slots__ = (
-        "_become", "_buffer", "_identity", "_initiator", "_network", "_peer_id", "_read_buffer",
-        "_transport", "_user_agent", "connected",
+        "_become", "_buffer", "_identity", "_initiator", "_invitation_id", "_network", "_peer_id",
+        "_read_buffer", "_transport", "_user_agent", "connected",
     )  # fmt: skip
 
     def __init__(
@@ -109,6 +118,7 @@ class _Caller(asyncio.BufferedProtocol):
         peer_id: NodeId | None,
         user_agent: str,
         become: Callable[[Agreed], Connection],
+        invitation_id: bytes | None,
     ) -> None:
         self._identity = identity
         self._network = network
@@ -119,6 +129,7 @@ class _Caller(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
         self._initiator: Initiator | None = None
         self._become = become
+        self._invitation_id = invitation_id
         self.connected: asyncio.Future[Connection] = asyncio.get_running_loop().create_future()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -137,7 +148,8 @@ class _Caller(asyncio.BufferedProtocol):
             self._identity, self._network, peer_id, ephemeral=secrets.token_bytes(KEY_SIZE),
             user_agent=self._user_agent,
         )  # fmt: skip
-        cast("asyncio.Transport", self._transport).write(self._initiator.message_1(unix_ms()))
+        opening = b"" if self._invitation_id is None else announce_invitation(self._invitation_id)
+        cast("asyncio.Transport", self._transport).write(opening + self._initiator.message_1(unix_ms()))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._read_buffer

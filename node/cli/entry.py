@@ -1,7 +1,8 @@
-"""How commands reach the mesh: through `--join`, else through the node that runs here."""
+"""How commands find their node and their mesh: the settings as for `run`, and what runs in the data folder."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,22 +12,38 @@ from client_sdk import MeshClient, SyncMeshClient
 from mesh.address import Address, parse_address
 from mesh.entry import parse_entry
 from mesh.errors import ConfigurationError
-from mesh.identity import Identity
 from mesh.keystore import load_identity
 from mesh.network import Network
 from mesh.transport import connect
 from node.cli.output import ExitCode
-from node.config import default_data_dir
+from node.config import CONFIG_FILE, Loaded
 from node.folder import running_node
-from node.membership import resolve
+from node.membership import Membership, resolve
 
 STATUS_TIMEOUT = 10.0
 LOAD_TIMEOUT = 600.0
 
 
-def local_node(data_dir: Path | None) -> tuple[Path, dict[str, Any]]:
-    """The folder and the published facts of the node that runs here. Raises ConfigurationError."""
-    folder = _folder(data_dir)
+def settings(
+    data_dir: Path | None,
+    config: Path | None = None,
+    *,
+    join: list[str] | None = None,
+    network: str | None = None,
+    **flags: Any,
+) -> Loaded:
+    """The settings that `run` would have with these flags. Raises ConfigurationError."""
+    given = {"data_dir": data_dir, "join": tuple(join) if join else None, "network": network, **flags}
+    return Loaded.of(given, file=config)
+
+
+def folder_of(data_dir: Path | None, config: Path | None = None) -> Path:
+    """The data folder that the settings name. Raises ConfigurationError."""
+    return settings(data_dir, config).config.data_dir
+
+
+def local_node(folder: Path) -> Mapping[str, Any]:
+    """The published facts of the node that runs in the folder. Raises ConfigurationError."""
     facts = running_node(folder)
     if facts is None:
         raise ConfigurationError(
@@ -34,55 +51,59 @@ def local_node(data_dir: Path | None) -> tuple[Path, dict[str, Any]]:
             "Start one with `qmesh-node run`, or name another machine's with --join HOST:PORT.",
             exit_code=ExitCode.UNREACHABLE,
         )
-    return folder, facts
+    return facts
 
 
-def own_network(data_dir: Path | None, name: str | None = None) -> Network:
-    """The mesh that this machine belongs to, or the open one called `name`. Raises ConfigurationError."""
-    return resolve(_folder(data_dir), join=(), network=name, now=time.time())[0]
+def local_network(facts: Mapping[str, Any]) -> Network:
+    """The mesh of a running node, from what it has published."""
+    secret = facts.get("secret")
+    return Network(facts["network"], bytes.fromhex(secret) if secret else None)
 
 
-def own_identity(data_dir: Path | None) -> Identity:
-    """The identity of the node in the folder. Raises ConfigurationError."""
-    return load_identity(_folder(data_dir))
+async def configured_mesh(loaded: Loaded) -> Membership:
+    """The mesh that the settings lead to, and nodes to start from. Raises as `resolve` does."""
+    config = loaded.config
+    network = config.network if loaded.explicit("network") else None
+    return await resolve(config.data_dir, join=config.join, network=network)
 
 
-def local_network(data_dir: Path | None) -> Network:
-    """The mesh that the node which runs here is in. Raises ConfigurationError."""
-    return _network(local_node(data_dir)[1])
+async def mesh_client(loaded: Loaded) -> MeshClient:
+    """A client of the mesh that the settings lead to. Raises as `configured_mesh` does."""
+    return MeshClient(**await _way_in(loaded))
 
 
-def mesh_client(join: list[str] | None, network: str | None, data_dir: Path | None) -> MeshClient:
-    """A client of the mesh that the options lead to. Raises ConfigurationError."""
-    return MeshClient(**_way_in(join, network, data_dir))
-
-
-def blocking_client(join: list[str] | None, network: str | None, data_dir: Path | None) -> SyncMeshClient:
+def blocking_client(loaded: Loaded) -> SyncMeshClient:
     """As `mesh_client`, for commands that read from the terminal: a wait for a line cannot be cancelled,
-    so Ctrl-C must reach the main thread in it. Raises ConfigurationError.
+    so Ctrl-C must reach the main thread in it.
     """
-    return SyncMeshClient(**_way_in(join, network, data_dir))
+    return SyncMeshClient(**asyncio.run(_way_in(loaded)))
 
 
-def _way_in(join: list[str] | None, network: str | None, data_dir: Path | None) -> dict[str, Any]:
-    if join:
-        return {"join": join, "network": own_network(data_dir, network)}
-    folder, facts = local_node(data_dir)
-    return {
-        "join": f"{facts['worker_id']}@{facts['address']}",
-        "network": _network(facts),
-        "identity": load_identity(folder),
-    }
+async def _way_in(loaded: Loaded) -> dict[str, Any]:
+    """What was asked for; else the node that runs here; else the nodes that one here would start from."""
+    folder = loaded.config.data_dir
+    asked = loaded.explicit("join") and loaded.origin["join"] != str(folder / CONFIG_FILE)
+    facts = None if asked else running_node(folder)
+    if facts is not None:
+        return {
+            "join": f"{facts['worker_id']}@{facts['address']}",
+            "network": local_network(facts),
+            "identity": load_identity(folder),
+        }
+    mesh = await configured_mesh(loaded)
+    if not mesh.addresses:
+        local_node(folder)  # says that there is none
+    return {"join": mesh.addresses, "network": mesh.network}
 
 
-async def find_peer(peer: str, data_dir: Path | None) -> Address:
+async def find_peer(peer: str, folder: Path) -> Address:
     """Where a peer listens: its address as given, or that of the known peer whose id begins so.
 
     Raises ConfigurationError.
     """
     if ":" in peer or "." in peer:
         return parse_entry(peer, time.time()).addresses[0]
-    contacts = (await ask_local(data_dir, "status")).get("contacts") or {"peers": []}
+    contacts = (await ask_local(folder, "status")).get("contacts") or {"peers": []}
     matches = [one for one in contacts["peers"] if one["id"].startswith(peer.lower())]
     if len(matches) != 1:
         raise ConfigurationError(
@@ -92,29 +113,19 @@ async def find_peer(peer: str, data_dir: Path | None) -> Address:
     return parse_address(matches[0]["address"])
 
 
-def _folder(data_dir: Path | None) -> Path:
-    return (data_dir or default_data_dir()).expanduser()
-
-
-def _network(facts: Mapping[str, Any]) -> Network:
-    """The mesh of a running node, from what it has published."""
-    secret = facts.get("secret")
-    return Network(facts["network"], bytes.fromhex(secret) if secret else None)
-
-
 async def ask_local(
-    data_dir: Path | None,
+    folder: Path,
     method: str,
     meta: Mapping[str, Any] | None = None,
     timeout: float = STATUS_TIMEOUT,
 ) -> Mapping[str, Any]:
-    """One question to the node that runs here, asked with its own identity. `timeout` in seconds."""
-    folder, facts = local_node(data_dir)
+    """One question to the node that runs in the folder, asked with its own identity. `timeout` in seconds."""
+    facts = local_node(folder)
     identity = load_identity(folder)
     connection = await connect(
         *parse_address(facts["address"]),
         identity=identity,
-        network=_network(facts),
+        network=local_network(facts),
         peer_id=identity.id,
         timeout=STATUS_TIMEOUT,
     )

@@ -42,7 +42,6 @@ def gateway(
 ) -> None:
     """Serve the OpenAI API of a mesh on a machine that serves no model, until Ctrl-C."""
     with reporting(as_json=as_json):
-        from mesh.errors import ConfigurationError
         from node.cli.run import event_loop_factory
         from node.config import Loaded
         from node.gateway.alone import run_alone, with_flags
@@ -67,10 +66,6 @@ def gateway(
                 "wait_seconds": wait_seconds,
             },
         )
-        if not loaded.config.join:
-            raise ConfigurationError(
-                "a gateway needs a node to start from", "Name one with --join HOST:PORT or a join token."
-            )
 
         def ready(url: str) -> None:
             if as_json:

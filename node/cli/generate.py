@@ -27,16 +27,17 @@ def generate(
     seed: options.Seed = None,
     network: options.Network = None,
     data_dir: options.DataDir = None,
+    config: options.Config = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Continue a text with the best worker of the mesh, streaming."""
     with reporting(as_json=as_json):
-        from node.cli.entry import blocking_client
+        from node.cli.entry import blocking_client, settings
 
         if prompt == "-":
             prompt = sys.stdin.read()
-        with blocking_client(join, network, data_dir) as mesh:
+        with blocking_client(settings(data_dir, config, join=join, network=network)) as mesh:
             stream = mesh.generate_stream(
                 prompt, model=model, max_tokens=max_tokens, temperature=temperature, seed=seed
             )
@@ -53,17 +54,18 @@ def chat(
     seed: options.Seed = None,
     network: options.Network = None,
     data_dir: options.DataDir = None,
+    config: options.Config = None,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Talk with a model of the mesh. An empty line or Ctrl-D ends the conversation."""
     with reporting(as_json=as_json):
-        from node.cli.entry import blocking_client
+        from node.cli.entry import blocking_client, settings
 
         choices = {"model": model, "max_tokens": max_tokens, "temperature": temperature, "seed": seed}
         history: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
 
-        with blocking_client(join, network, data_dir) as mesh:
+        with blocking_client(settings(data_dir, config, join=join, network=network)) as mesh:
             if message is not None:
                 _turn(mesh, history, message, choices, as_json=as_json, quiet=quiet)
                 return

@@ -12,12 +12,14 @@ from node.cli import options
 from node.cli.output import data, progress, reporting, table, text
 
 
-def status(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+def status(
+    data_dir: options.DataDir = None, config: options.Config = None, as_json: options.Json = False
+) -> None:
     """The node that runs here: models, slots, load, health and its parts."""
     with reporting(as_json=as_json):
-        from node.cli.entry import ask_local
+        from node.cli.entry import ask_local, folder_of
 
-        answer = dict(asyncio.run(ask_local(data_dir, "status")))
+        answer = dict(asyncio.run(ask_local(folder_of(data_dir, config), "status")))
         answer.pop("contacts", None)
         if as_json:
             data(answer)
@@ -50,12 +52,14 @@ def status(data_dir: options.DataDir = None, as_json: options.Json = False) -> N
                 progress(f"{model['name']}: {model['error']}")
 
 
-def peers(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+def peers(
+    data_dir: options.DataDir = None, config: options.Config = None, as_json: options.Json = False
+) -> None:
     """The nodes that the node here knows: how each was found, the way to it, and what is wrong with it."""
     with reporting(as_json=as_json):
-        from node.cli.entry import ask_local
+        from node.cli.entry import ask_local, folder_of
 
-        answer = asyncio.run(ask_local(data_dir, "status"))
+        answer = asyncio.run(ask_local(folder_of(data_dir, config), "status"))
         contacts = answer.get("contacts") or {"peers": [], "unreached": {}}
         if as_json:
             data(contacts)
@@ -83,15 +87,16 @@ def models(
     join: options.Join = None,
     network: options.Network = None,
     data_dir: options.DataDir = None,
+    config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
     """The models of the mesh and their workers."""
     with reporting(as_json=as_json):
         from mesh.errors import NoWorkers
-        from node.cli.entry import mesh_client
+        from node.cli.entry import mesh_client, settings
 
         async def main() -> list[dict[str, Any]]:
-            async with mesh_client(join, network, data_dir) as mesh:
+            async with await mesh_client(settings(data_dir, config, join=join, network=network)) as mesh:
                 found: list[dict[str, Any]] = []
                 for model in await mesh.models():
                     try:
@@ -124,13 +129,15 @@ def models(
             progress("no models yet")
 
 
-def identity(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+def identity(
+    data_dir: options.DataDir = None, config: options.Config = None, as_json: options.Json = False
+) -> None:
     """The id of the node here; made on first use."""
     with reporting(as_json=as_json):
         from mesh.keystore import KEY_FILE, load_identity
-        from node.config import default_data_dir
+        from node.cli.entry import folder_of
 
-        folder = (data_dir or default_data_dir()).expanduser()
+        folder = folder_of(data_dir, config)
         own = load_identity(folder)
         if as_json:
             data({"worker_id": own.id.hex(), "key_file": str(folder / KEY_FILE)})

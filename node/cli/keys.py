@@ -27,11 +27,14 @@ def add(
         int | None, typer.Option("--tokens-per-minute", min=1, help="Default: no limit.")
     ] = None,
     data_dir: options.DataDir = None,
+    config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a key and print it, once. From then on the gateway asks for one."""
     with reporting(as_json=as_json):
-        key, secret = _file(data_dir).add(name, requests_per_minute=requests, tokens_per_minute=tokens)
+        key, secret = _file(data_dir, config).add(
+            name, requests_per_minute=requests, tokens_per_minute=tokens
+        )
         if as_json:
             data({**_public(key), "key": secret})
         else:
@@ -40,10 +43,12 @@ def add(
 
 
 @app.command()
-def ls(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
+def ls(
+    data_dir: options.DataDir = None, config: options.Config = None, as_json: options.Json = False
+) -> None:
     """The keys; what is stored of them cannot be used as one."""
     with reporting(as_json=as_json):
-        file = _file(data_dir)
+        file = _file(data_dir, config)
         keys = file.read()
         if as_json:
             for key in keys:
@@ -68,11 +73,12 @@ def ls(data_dir: options.DataDir = None, as_json: options.Json = False) -> None:
 def revoke(
     key: Annotated[str, typer.Argument(metavar="NAME|ID", help="The key.")],
     data_dir: options.DataDir = None,
+    config: options.Config = None,
     as_json: options.Json = False,
 ) -> None:
     """Make a key useless, also for a gateway that runs."""
     with reporting(as_json=as_json):
-        file = _file(data_dir)
+        file = _file(data_dir, config)
         gone = file.revoke(key)
         if as_json:
             data(_public(gone))
@@ -82,11 +88,11 @@ def revoke(
             progress(f"no key is left: nobody can use the gateway; delete {file.path} to open it again")
 
 
-def _file(data_dir: Path | None) -> KeyFile:
-    from node.config import default_data_dir
+def _file(data_dir: Path | None, config: Path | None) -> KeyFile:
+    from node.cli.entry import folder_of
     from node.gateway.keys import KeyFile
 
-    return KeyFile((data_dir or default_data_dir()).expanduser())
+    return KeyFile(folder_of(data_dir, config))
 
 
 def _public(key: ApiKey) -> dict[str, Any]:

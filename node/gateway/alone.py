@@ -14,6 +14,7 @@ from node.config import DEFAULT_GATEWAY, Loaded
 from node.gateway.server import Gateway, mesh_client
 from node.gateway.settings import GatewaySettings
 from node.logs import log_file
+from node.membership import resolve
 
 
 def with_flags(settings: GatewaySettings, flags: Mapping[str, Any]) -> GatewaySettings:
@@ -30,10 +31,17 @@ def with_flags(settings: GatewaySettings, flags: Mapping[str, Any]) -> GatewaySe
 async def run_alone(loaded: Loaded, settings: GatewaySettings, ready: Callable[[str], None]) -> None:
     """Serve until SIGINT or SIGTERM; the first lets running answers end, a second does not.
 
-    Raises ConfigurationError for whatever the user has to mend.
+    Raises ConfigurationError for whatever the user has to mend, and a TransportError where the node that
+    made a join token does not answer.
     """
     config = loaded.config
-    mesh = mesh_client(config.join, config.network, None)
+    network = config.network if loaded.explicit("network") else None
+    start = await resolve(config.data_dir, join=config.join, network=network)
+    if not start.addresses:
+        raise ConfigurationError(
+            "a gateway needs a node to start from", "Name one with --join HOST:PORT or a join token."
+        )
+    mesh = mesh_client(start.addresses, start.network, None)
     gateway = Gateway(
         config.gateway or DEFAULT_GATEWAY,
         mesh,

@@ -16,7 +16,7 @@ import pytest
 
 from mesh.errors import NoWorkers
 from mesh.network import Network
-from node.cli.entry import ask_local, mesh_client
+from node.cli.entry import ask_local, mesh_client, settings
 from node.config import DEMO_MODEL
 from node.membership import Membership, keep
 from tests.netns.lab import Namespace
@@ -132,7 +132,7 @@ class Node:
         """The ids of a model's workers, as a program on the node's machine finds them."""
 
         async def main() -> set[str]:
-            async with mesh_client(None, None, self.folder) as mesh:
+            async with await mesh_client(settings(self.folder)) as mesh:
                 try:
                     return {worker.id for worker in await mesh.workers(model)}
                 except NoWorkers:

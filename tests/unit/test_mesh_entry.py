@@ -13,7 +13,7 @@ from mesh.address import format_address, parse_address, usable_addresses
 from mesh.entry import parse_entry
 from mesh.errors import ConfigurationError
 from mesh.identity import Identity
-from mesh.join import Invitation, encode_token
+from mesh.join import encode_token, issue
 from mesh.limits import DEFAULT_PORT
 from mesh.network import Network
 from mesh.tasks import TaskOwner
@@ -86,20 +86,34 @@ def test_what_is_no_entry(text: str) -> None:
     assert refused.value.exit_code == 2
 
 
-def test_tokens_bring_the_network_along() -> None:
-    network = Network("ours", bytes(32))
-    token = encode_token(Invitation(network, ("a:1", "[::1]:2"), int(NOW) + 10))
+def token_of(network: Network, *addresses: str) -> str:
+    return encode_token(issue(network, Identity(bytes(32)).id, addresses, int(NOW) + 10, b"12345678"))
+
+
+def test_tokens_of_open_meshes_bring_the_network_along() -> None:
+    network = Network("ours")
+    token = token_of(network, "a:1", "[::1]:2")
     entry = parse_entry(token, NOW)
     assert (entry.addresses, entry.peer, entry.network) == ((("a", 1), ("::1", 2)), None, network)
+    assert entry.invitation is None
     with pytest.raises(ConfigurationError, match="expired"):
         parse_entry(token, NOW + 11)
     with pytest.raises(ConfigurationError, match="garbled"):
         parse_entry(token[:-3], NOW)
 
 
+def test_tokens_of_private_meshes_bring_an_invitation_by_a_node_that_nobody_can_pose_as() -> None:
+    token = token_of(Network("ours", bytes(32)), "a:1")
+    for now in (NOW, NOW + 11):  # whoever has redeemed it may go on using it
+        entry = parse_entry(token, now)
+        assert (entry.addresses, entry.peer, entry.network) == ((("a", 1),), Identity(bytes(32)).id, None)
+        assert entry.invitation is not None
+        assert entry.invitation.name == "ours"
+
+
 @pytest.mark.parametrize("address", ["nowhere", "a:b", "", "a..b:1"])
 def test_a_token_with_a_bad_address_is_refused(address: str) -> None:
-    token = encode_token(Invitation(Network(), (address,), int(NOW) + 10))
+    token = token_of(Network(), address)
     with pytest.raises(ConfigurationError):
         parse_entry(token, NOW)
 
