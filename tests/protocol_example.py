@@ -20,8 +20,9 @@ from mesh.frames import (
     encode,
     prefix_length,
 )
-from mesh.handshake import WHOIS_REQUEST, Initiator, Responder, whois_reply
+from mesh.handshake import WHOIS_REQUEST, Initiator, Responder, announce_invitation, whois_reply
 from mesh.identity import Identity
+from mesh.join import encode_token, issue
 from mesh.network import Network
 from mesh.noise import CipherState
 
@@ -30,6 +31,7 @@ NODE = Identity(bytes([0x22]) * 32)
 EPHEMERALS = (bytes([0x33]) * 32, bytes([0x44]) * 32)
 SECRET = bytes([0x55]) * 32
 WHOIS_NONCE = bytes([0x66]) * 24
+INVITATION_ID = bytes([0x77]) * 8
 NOW = 1_800_000_000_000
 
 
@@ -136,11 +138,41 @@ def exchange(out: Writer, caller: CipherState, node: CipherState) -> None:
     out.value("caller -> node key", caller._key)
 
 
+def admission(network: Network) -> list[str]:
+    """How a guest opens the door with the node's invitation: token, announcement, message 1, secret."""
+    out = Writer()
+    invitation = issue(network, NODE.id, ("192.0.2.1:9470",), NOW // 1000 + 86_400, INVITATION_ID)
+    ticket = invitation.ticket
+    assert ticket is not None
+    out.lines += [f"# an invitation of the same node into the same private network: {network.name}"]
+    out.value("invitation root", network.derive(b"qmesh-invite") or b"")
+    out.value("invitation id", ticket.id)
+    out.value("invitation key", ticket.key)
+    out.value("psk", invitation.door.psk or b"")
+    token = encode_token(invitation)
+    for start in range(0, len(token), 64):
+        out.lines.append(f"{'' if start else 'token':28}{token[start : start + 64]}")
+    initiator = Initiator(CALLER, invitation.door, NODE.id, ephemeral=EPHEMERALS[0], user_agent="example/1")
+    responder = Responder(NODE, invitation.door, ephemeral=EPHEMERALS[1], user_agent="qmesh/0.1.0")
+    out.note("caller -> node: names the invitation; Noise message 1 right behind it")
+    out.value("on the wire", announce_invitation(ticket.id))
+    first = initiator.message_1(NOW)
+    out.value("on the wire", first)
+    second, at_node = responder.message_2(responder.message_1(first[2:]), NOW + 5)
+    out.note("node -> caller: Noise message 2")
+    out.value("on the wire", second)
+    at_caller = initiator.message_2(second[2:], NOW + 9)
+    out.frame("caller -> node", at_caller.send, [Ping(1), Open(1, "join", {}), End(1, {})])
+    last: list[Message] = [Pong(1, {}), End(1, {"secret": network.secret}), GoAway(1, 7, "admitted")]
+    out.frame("node -> caller", at_node.send, last)
+    return out.lines
+
+
 def block() -> str:
-    """Both sessions as they stand in the page."""
-    private = session(Network("example", SECRET), frames=True)
-    opened = session(Network(), frames=False)
-    return "\n".join(["```", *private, "```", "", "```", *opened, "```"])
+    """The sessions as they stand in the page."""
+    private = Network("example", SECRET)
+    parts = (session(private, frames=True), session(Network(), frames=False), admission(private))
+    return "\n\n".join("\n".join(["```", *lines, "```"]) for lines in parts)
 
 
 if __name__ == "__main__":
