@@ -20,6 +20,7 @@ from mesh.errors import (
     NoWorkers,
     Overloaded,
     QMeshError,
+    RemoteDeadline,
     StreamInterrupted,
     is_retryable,
 )
@@ -33,6 +34,8 @@ PATIENCE = 30.0
 SHORTEST_NAP = 0.05
 LONGEST_NAP = 2.0
 """Between two rounds of asking while every worker is overloaded; what they say is heeded in between."""
+SAME_MOMENT = 0.05
+"""Seconds by which a worker's clock may see the request's deadline pass before this one does."""
 
 
 class Resumable(Protocol):
@@ -138,7 +141,8 @@ class Attempts:
 
     def _check_time(self, error: BaseException) -> None:
         """Raises where the time is over or the client closed."""
-        if time.monotonic() >= self._until:
+        left = self._until - time.monotonic()
+        if left <= 0 or (isinstance(error, RemoteDeadline) and left < SAME_MOMENT):
             total = self._dispatcher.timeouts.total
             raise DeadlineExceeded(f"the answer took longer than {total:g} s") from error
         if self._dispatcher.closed:

@@ -22,7 +22,7 @@ from mesh.errors import (
     ShuttingDown,
 )
 from mesh.identity import NodeId
-from mesh.limits import MAX_BODY
+from mesh.limits import MAX_BODY, SEND_BUFFER
 from mesh.tasks import TaskOwner
 from mesh.transport import Stream
 from node.config import PeerSettings
@@ -141,6 +141,11 @@ class Inference:
     async def _forward(self, one: Forwarding, waited: float, used: Used) -> None:
         stream, model, deadline = one.stream, one.model, one.deadline
         tail = Tail()
+
+        def forward(data: bytes) -> bool:
+            tail.feed(data)
+            return stream.send_nowait(data) <= SEND_BUFFER
+
         try:
             async with (
                 model.use(_left(deadline) or LOAD_PATIENCE) as client,
@@ -156,13 +161,13 @@ class Inference:
                         "queue_ms": round(waited * 1000, 3),
                     }
                 )
-                async for data in response:
-                    tail.feed(data)
-                    await stream.send(data)
-                    if deadline is not None and time.monotonic() > deadline:
-                        raise RemoteDeadline("the request's deadline passed")
+                async with asyncio.timeout(_left(deadline)):
+                    while not await response.pump(forward):
+                        await stream.drained()
         except side.SidecarError as error:
             raise wire_error(error) from error
+        except TimeoutError:
+            raise RemoteDeadline("the request's deadline passed") from None
         facts = tail.facts()
         if timings := facts.get("timings"):
             model.measured(timings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import ssl
+from collections.abc import Callable
 from typing import cast
 from urllib.parse import SplitResult
 
@@ -29,7 +30,7 @@ def _tls() -> ssl.SSLContext:
 
 
 class Exchange(asyncio.Protocol):
-    """A request and its answer. `open` connects and sends; await `head()`, then `read()` until b"".
+    """A request and its answer. `open` connects and sends; await `head()`, then `read()` until b"", or `pump`.
 
     Every failure is the SidecarError that `fail` was given, or BackendUnreachable; `started` in it says
     that the head of the answer had arrived.
@@ -47,6 +48,8 @@ class Exchange(asyncio.Protocol):
         self._paused = self._framed = self._complete = self._left = self._headed = False
         self._error: SidecarError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._sink: Callable[[bytes], bool] | None = None
+        self._room = False
 
     async def open(self, url: SplitResult, request: bytes) -> None:
         """Connect and send. Raises OSError."""
@@ -67,13 +70,20 @@ class Exchange(asyncio.Protocol):
             if self._complete:
                 return b""
             await self._news()
-        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        self._parts.clear()
-        self._size = 0
-        if self._paused and self._transport and not self.finished:
-            self._paused = False
-            self._transport.resume_reading()
-        return data
+        return self._take()
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> bool:
+        """Hand the body to `sink` from within the event loop's callback, which spares every piece a turn of
+        this task. True at the end of the body; False once `sink` returned False, for it has no more room now.
+        What `sink` raises is raised here.
+        """
+        self._sink, self._room = sink, True
+        try:
+            while self._offer() and not self._complete:
+                await self._news()
+        finally:
+            self._sink = None
+        return self._room
 
     def fail(self, error: SidecarError) -> None:
         """Close at once; whoever waits or reads gets `error`, not what is unread."""
@@ -92,6 +102,21 @@ class Exchange(asyncio.Protocol):
             self._transport.abort()
         elif not self.closed.done():
             self.closed.set_result(None)
+
+    def _take(self) -> bytes:
+        data = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+        self._parts.clear()
+        self._size = 0
+        if self._paused and self._transport and not self.finished:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def _offer(self) -> bool:
+        """Hand what is there to the sink, if it has room; whether it has room for more."""
+        if self._sink and self._room and self._parts:
+            self._room = self._sink(self._take())
+        return self._room
 
     async def _news(self) -> None:
         if self._error:
@@ -133,6 +158,14 @@ class Exchange(asyncio.Protocol):
             if not self._complete:
                 self._break(BackendUnreachable(f"the answer is not HTTP: {error}", started=self._headed))
             return
+        if self._sink and self._room:
+            try:
+                if self._offer() and not self._complete:
+                    return
+            except Exception as error:  # noqa: BLE001 - whatever the sink raises, `pump` raises it
+                self._room = False
+                if self._waiter and not self._waiter.done():
+                    self._waiter.set_exception(error)
         self._wake()
 
     def connection_lost(self, error: Exception | None) -> None:

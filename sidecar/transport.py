@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -78,6 +78,14 @@ class Response:
         if not data:
             raise StopAsyncIteration
         return data
+
+    async def pump(self, sink: Callable[[bytes], bool]) -> bool:
+        """Hand the body to `sink` piece by piece, as soon as each arrives and without a bound on silence.
+
+        Returns True at the end of the body, and False once `sink` returned False: call again when there
+        is room. Raises as iterating does, and what `sink` raises.
+        """
+        return await self._exchange.pump(sink)
 
     async def read(self, limit: int = MAX_ANSWER_BYTES) -> bytes:
         """The whole body; raises as iterating does, and SidecarError when it is over `limit` bytes."""

@@ -30,7 +30,7 @@ class Stream:
     """
 
     __slots__ = (
-        "_body", "_ended", "_failure", "_head", "_reader", "_send_failure", "_writer",
+        "_body", "_ended", "_failure", "_flowing", "_head", "_reader", "_send_failure", "_writer",
         "connection", "meta", "method", "sid", "trailer",
     )  # fmt: skip
 
@@ -44,6 +44,8 @@ class Stream:
         self._head: Meta | None = None
         self._body: bytes | bytearray = b""
         self._ended = False
+        self._flowing = False
+        """The first bytes of the body were sent."""
         self._failure: Callable[[], QMeshError] | None = None
         self._send_failure: Callable[[], QMeshError] | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -73,14 +75,36 @@ class Stream:
         Raises FlowControl when the peer granted no credit for CREDIT_DEADLINE.
         """
         if self.send_nowait(data) > SEND_BUFFER:
-            await self._drained()
+            await self.drained()
 
     def send_nowait(self, data: bytes) -> int:
-        """Queue body bytes and return how many are queued now. The caller bounds what it queues."""
+        """Queue body bytes and return how many are queued now. Over SEND_BUFFER wait until it has `drained`.
+
+        The first bytes of a body are sent at once, later ones within GATHER.
+        """
         self._check_sending()
         queued = self.connection.state.send_data(self.sid, data)
-        self.connection.schedule_flush()
+        if self._flowing:
+            self.connection.schedule_gathered()
+        else:
+            self._flowing = True
+            self.connection.schedule_flush()
         return queued
+
+    async def drained(self) -> None:
+        """Wait until at most SEND_BUFFER bytes are queued. Raises as `send` does."""
+        if self._writer is not None:
+            raise RuntimeError("a stream has one writer at a time")
+        self._check_sending()
+        self._writer = asyncio.get_running_loop().create_future()
+        self.connection.blocked_writers.add(self)
+        self.connection.schedule_flush()  # which looks at the queue again: it may have shrunk already
+        try:
+            await self._writer
+        finally:
+            self._writer = None
+            self.connection.blocked_writers.discard(self)
+        self._check_sending()
 
     async def end(self, meta: Meta | None = None) -> None:
         """End this direction. What is queued is still sent."""
@@ -215,18 +239,6 @@ class Stream:
             self._reader = None
             if timer is not None:
                 timer.cancel()
-
-    async def _drained(self) -> None:
-        if self._writer is not None:
-            raise RuntimeError("a stream has one writer at a time")
-        self._writer = asyncio.get_running_loop().create_future()
-        self.connection.blocked_writers.add(self)
-        try:
-            await self._writer
-        finally:
-            self._writer = None
-            self.connection.blocked_writers.discard(self)
-        self._check_sending()
 
 
 def _expire(future: asyncio.Future[None]) -> None:

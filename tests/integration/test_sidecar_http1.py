@@ -177,6 +177,93 @@ async def test_a_strange_address_is_an_error(url: str) -> None:
             await client.request("GET", "/x", timeout=seconds(5))
 
 
+# --- pumping: the body goes to a function instead of a reader
+
+
+@pytest.mark.parametrize("room", [True, False], ids=["always room", "room for one piece"])
+@pytest.mark.parametrize("answer", [CHUNKED, LENGTH, UNTIL_CLOSE, INTERIM])
+async def test_every_framing_can_be_pumped(answer: bytes, room: bool) -> None:
+    for cut in range(1, len(answer), 5):
+        got: list[bytes] = []
+
+        def sink(data: bytes, got: list[bytes] = got) -> bool:
+            got.append(data)
+            return room
+
+        async with answering(sends_cut(answer, cut)) as (_, client):
+            async with await client.request("GET", "/x", timeout=seconds(5)) as response:
+                async with asyncio.timeout(seconds(5)):
+                    while not await response.pump(sink):
+                        pass
+            assert b"".join(got) == BODY
+
+
+async def test_a_sink_without_room_makes_the_server_wait() -> None:
+    total, sent = 32 * HIGH_WATER, 0
+
+    async def floods(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % total)
+        while sent < total:
+            writer.write(bytes(HIGH_WATER))
+            sent += HIGH_WATER
+            await writer.drain()
+
+    async with answering(floods) as (_, client), await client.request("GET", "/x") as response:
+        got = 0
+
+        def sink(data: bytes) -> bool:
+            nonlocal got
+            got += len(data)
+            return False
+
+        assert not await response.pump(sink)
+        before = -1
+        while before != sent:  # until it stands still
+            before = sent
+            await asyncio.sleep(0.1)
+        assert sent < total
+        async with asyncio.timeout(seconds(10)):
+            while not await response.pump(sink):
+                pass
+        assert got == total
+
+
+@pytest.mark.parametrize("at_once", [True, False], ids=["with what is there", "with what comes"])
+async def test_what_a_sink_raises_ends_the_pumping(at_once: bool) -> None:
+    go = asyncio.Event()
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(CHUNKED[:-30] if at_once else CHUNKED.partition(b"8;ext")[0])
+        await go.wait()
+        writer.write(CHUNKED.partition(b"\r\n\r\n")[2][:20])
+        await reader.read()
+
+    def sink(_data: bytes) -> bool:
+        raise LookupError("full")
+
+    async with answering(script) as (server, client):
+        async with await client.request("GET", "/x") as response:
+            asyncio.get_running_loop().call_soon(go.set)
+            with pytest.raises(LookupError, match="full"):
+                await asyncio.wait_for(response.pump(sink), seconds(5))
+        await asyncio.wait_for(server.closed.wait(), seconds(5))
+
+
+async def test_a_body_that_breaks_off_is_an_error_for_the_pump() -> None:
+    got: list[bytes] = []
+
+    def sink(data: bytes) -> bool:
+        got.append(data)
+        return True
+
+    async with answering(sends(CHUNKED[:-20])) as (_, client), await client.request("GET", "/x") as response:
+        with pytest.raises(BackendUnreachable) as caught:
+            await response.pump(sink)
+    assert caught.value.started
+    assert BODY.startswith(b"".join(got))
+
+
 async def never(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
     await reader.read()
 

@@ -307,6 +307,42 @@ def test_one_reader_and_one_writer_at_a_time(run: Run) -> None:
     run(scenario())
 
 
+def test_running_bodies_are_gathered_and_nothing_else_waits(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a gathering time as long as the test: only more of a body may wait, for whatever is sent next."""
+    monkeypatch.setattr("mesh.transport.connection.GATHER", seconds(60))
+
+    async def scenario() -> None:
+        go = asyncio.Queue[None]()
+
+        async def handler(stream: Stream) -> None:
+            await stream.send_head({})
+            for piece in (b"first", b"more", b"and more", b"the rest"):
+                await go.get()
+                await stream.send(piece)
+            await stream.end()
+
+        async with listening(handler) as listener:
+            connection = await dial(listener)
+            async with await connection.open("infer", {}) as stream:
+                await stream.head(seconds(5))
+                go.put_nowait(None)
+                assert await stream.read(seconds(5)) == b"first"
+                go.put_nowait(None)
+                with pytest.raises(DeadlineExceeded):
+                    await stream.read(0.1)
+                go.put_nowait(None)
+                await connection.ping(seconds(5))
+                assert await stream.read(seconds(5)) == b"moreand more"
+                go.put_nowait(None)
+                assert await stream.read(seconds(5)) == b"the rest"
+                assert await stream.read(seconds(5)) is None
+            await connection.close()
+
+    run(scenario())
+
+
 @both_ways
 def test_leaving_a_stream_cancels_its_handler(run: Run, call: Call) -> None:
     async def scenario() -> None:
