@@ -2,36 +2,74 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
-import subprocess
 from pathlib import Path
+from typing import Any
 
-from tests.gateway_support import CHAT, DATA, EMBED, cluster, with_models
+import pytest
+
+from node.cluster import Member
+from node.gateway.keys import KeyFile
+from tests.gateway_support import CHAT, DATA, EMBED, TOOLS, cluster, gateway_to, with_models
 from tests.support import seconds
 
 
-def test_openai_npm(tmp_path: Path) -> None:
-    """Chat, stream, embeddings, responses, errors and cancelling, in a process of its own."""
-    embeddings = {"alias": EMBED, "slots": 2, "extra_args": ["--embeddings", "--pooling", "mean"]}
-    with_models(tmp_path / "mesh" / "node-1", [{"slots": 2}, embeddings])
-    with cluster(tmp_path / "mesh", 1) as (node,):
-        _client(str(node.ready["gateway"]), tmp_path)
+@pytest.fixture
+def node(tmp_path: Path) -> Any:
+    """A node with a model to talk to, one for embeddings and one that calls tools."""
+    template = (DATA / "tools.jinja").read_text(encoding="utf-8")
+    models: list[dict[str, Any]] = [
+        {"slots": 2, "context": 16384},
+        {"alias": EMBED, "slots": 2, "extra_args": ["--embeddings", "--pooling", "mean"]},
+        {"alias": TOOLS, "slots": 1, "extra_args": ["--chat-template", template]},
+    ]
+    with_models(tmp_path / "mesh" / "node-1", models)
+    with cluster(tmp_path / "mesh", 1) as (member,):
+        yield member
 
 
-def _client(url: str, tmp_path: Path) -> None:
+async def test_openai_npm(node: Member, tmp_path: Path) -> None:
+    """Every kind of request, every kind of refusal, and cancelling, in a process of its own."""
     for program in ("node", "npm"):
         assert shutil.which(program), f"{program} is missing: install Node.js 18 or later to run this test"
     shutil.copy(DATA / "openai.mjs", tmp_path)
-    install = ["npm", "install", "--no-audit", "--no-fund", "--prefix", str(tmp_path), "openai@6"]
-    done = subprocess.run(install, capture_output=True, text=True, timeout=seconds(60), check=False)
-    assert done.returncode == 0, f"npm could not install the openai client:\n{done.stderr[-1000:]}"
-    run = ["node", "openai.mjs", url, CHAT, EMBED]
-    done = subprocess.run(run, cwd=tmp_path, capture_output=True, text=True, timeout=seconds(60), check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    seen = json.loads(done.stdout)
+    await run(tmp_path, "npm", "install", "--no-audit", "--no-fund", "--prefix", str(tmp_path), "openai@6")
+    _, key = KeyFile(tmp_path / "keyed").add("npm", requests_per_minute=1)
+    async with (
+        gateway_to(node.address, tmp_path / "keyed") as keyed,
+        gateway_to("127.0.0.1:1", tmp_path / "empty", wait_seconds=0.3) as empty,
+    ):
+        given = {"url": node.ready["gateway"], "keyed": keyed.url, "key": key, "empty": empty.url}
+        given |= {"chat": CHAT, "embed": EMBED, "tools": TOOLS}
+        seen = json.loads(await run(tmp_path, "node", "openai.mjs", json.dumps(given)))
     assert seen["chat"] == seen["stream"] != ""
+    assert seen["call"]["name"] == "weather"
+    assert json.loads(seen["call"]["arguments"]) == {"city": "Oslo"}
+    assert seen["schema"] == {"colour": "red"}
     assert seen["vectors"] == 2
     assert seen["responses"]
-    assert seen["missing"] == [404, "model_not_found"]
-    assert seen["cancelled"]
+    assert seen["models"] == sorted([CHAT, EMBED, TOOLS])
+    assert seen["missing"] == ["NotFoundError", 404, "model_not_found"]
+    assert seen["long"][:2] == ["BadRequestError", 400]
+    assert seen["stranger"] == ["AuthenticationError", 401, "invalid_api_key"]
+    assert seen["limited"] == [None, ["RateLimitError", 429, "rate_limit_exceeded"]]
+    assert seen["unavailable"] == ["InternalServerError", 503, "no_worker"]
+    assert (seen["busy"], seen["left"]) == (1, 0)
+
+
+async def run(folder: Path, *command: str) -> bytes:
+    """What a program prints. Fails the test where it fails or takes longer than a minute."""
+    process = await asyncio.create_subprocess_exec(
+        *command, cwd=folder, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(seconds(60)):
+            output, errors = await process.communicate()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    assert process.returncode == 0, errors.decode()[-2000:]
+    return output

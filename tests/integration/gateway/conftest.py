@@ -20,7 +20,7 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Member]]:
         folder / "node-1",
         [
             {"slots": 2},
-            {"alias": SOLO, "slots": 1},
+            {"alias": SOLO, "slots": 1, "context": 16384},
             {"alias": EMBED, "slots": 2, "extra_args": ["--embeddings", "--pooling", "mean"]},
             {"alias": RANK, "slots": 1, "extra_args": ["--reranking"]},
             {"alias": TOOLS, "slots": 1, "extra_args": ["--chat-template", template]},

@@ -23,7 +23,7 @@ from tests.gateway_support import (
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": WEATHER}}
 SETTLED = {"temperature": 0, "seed": 7}
 """The same answer each time, on whichever worker."""
-LONG = "word " * 3000
+LONG = "word " * 18_000
 
 STREAMED: list[tuple[str, str, dict[str, Any]]] = [
     ("/v1/chat/completions", SOLO, {"messages": MESSAGES, "max_tokens": 24}),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -13,7 +14,6 @@ import openai
 import pytest
 
 from node.cluster import Member
-from node.gateway.keys import KeyFile
 from tests.gateway_support import (
     CALLED,
     CHAT,
@@ -23,12 +23,10 @@ from tests.gateway_support import (
     SOLO,
     TOOLS,
     WEATHER,
-    gateway_to,
     metric,
     until,
 )
 
-LONG = [{"role": "user", "content": "Hello there. " * 2000}]
 TOOL = {"type": "function", "function": {"name": "weather", "description": "Now", "parameters": WEATHER}}
 FORCED = {"add_generation_prompt": False, "continue_final_message": True, "logit_bias": [[2, 100]]}
 """Continue the last message and end it: token 2 ends a message of the demo model."""
@@ -158,73 +156,27 @@ def test_openai_models(client: openai.OpenAI, nodes: list[Member]) -> None:
         client.models.retrieve("no-such-model")
 
 
-def test_openai_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError) as missing:
-        ask(client, model="no-such-model")
-    assert missing.value.code == "model_not_found"
-    assert CHAT in missing.value.message
-    with pytest.raises(openai.BadRequestError) as long:
-        ask(client, messages=LONG)
-    assert long.value.type == "exceed_context_size_error"
-    with pytest.raises(openai.BadRequestError):
-        ask(client, messages="no list")
-    with pytest.raises(openai.BadRequestError):
-        ask(client, model=7)
+async def test_who_leaves_frees_the_place(url: str, http: aiohttp.ClientSession) -> None:
+    """One client in the model's only slot, another behind it in the queue."""
+    options: dict[str, Any] = {"model": SOLO, "messages": MESSAGES, "max_tokens": 16_000}
 
+    async def told(what: str, expected: int) -> bool:
+        return await metric(http, url, f"qmesh_model_{what}", model=SOLO) == expected
 
-async def test_openai_keys_and_limits(nodes: list[Member], tmp_path: Path) -> None:
-    _, secret = KeyFile(tmp_path).add("test", requests_per_minute=2, tokens_per_minute=10_000)
-    async with gateway_to(nodes[0].address, tmp_path) as gateway:
-        base = f"{gateway.url}/v1"
-        async with openai.AsyncOpenAI(base_url=base, api_key="qm-wrong", max_retries=0) as stranger:
-            with pytest.raises(openai.AuthenticationError):
-                await stranger.models.list()
-        async with openai.AsyncOpenAI(base_url=base, api_key=secret, max_retries=0) as client:
-            raw = await client.completions.with_raw_response.create(model=CHAT, prompt="A", max_tokens=4)
-            assert raw.headers["x-ratelimit-limit-requests"] == "2"
-            assert raw.headers["x-ratelimit-remaining-requests"] == "1"
-            assert raw.headers["x-ratelimit-limit-tokens"] == "10000"
-            await client.completions.create(model=CHAT, prompt="A", max_tokens=4)
-            with pytest.raises(openai.RateLimitError) as limited:
-                await client.completions.create(model=CHAT, prompt="A", max_tokens=4)
-            assert 0 < int(limited.value.response.headers["Retry-After"]) <= 30
-
-
-async def test_openai_unavailable(tmp_path: Path) -> None:
     async with (
-        gateway_to("127.0.0.1:1", tmp_path, wait_seconds=0.3) as gateway,
-        openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="x", max_retries=0) as client,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as gpt,
+        anthropic.AsyncAnthropic(base_url=url, api_key="none", max_retries=0, timeout=60) as claude,
     ):
-        with pytest.raises(openai.InternalServerError) as unavailable:
-            await client.completions.create(model=CHAT, prompt="A")
-    response = unavailable.value.response
-    assert response.status_code == 503
-    assert int(response.headers["Retry-After"]) > 0
-    assert response.json()["error"]["mesh"] == {"reachable": False, "models": {}, "this_node": {}}
-
-
-async def test_leaving_a_stream_frees_the_slot(
-    url: str, nodes: list[Member], http: aiohttp.ClientSession
-) -> None:
-    urls = {node.worker_id: node.ready["gateway"] for node in nodes}
-    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        stream = await client.completions.with_raw_response.create(
-            model=CHAT,
-            prompt="Once upon a time",
-            max_tokens=2000,
-            stream=True,
-            extra_body={"ignore_eos": True},
-        )
-        worker = urls[stream.headers["X-QMesh-Worker"]]
-        events = stream.parse()
-        await anext(aiter(events))
-        await until(lambda: metric(http, worker, "qmesh_model_busy", model=CHAT))
-        await events.close()
-
-        async def free() -> bool:
-            return not await metric(http, worker, "qmesh_model_busy", model=CHAT)
-
-        await until(free, timeout=2.0)
+        stream = await gpt.chat.completions.create(**options, stream=True, extra_body={"ignore_eos": True})
+        await anext(aiter(stream))
+        await until(partial(told, "busy", 1))
+        queued = asyncio.create_task(claude.messages.create(**options))
+        await until(partial(told, "queue", 1))
+        queued.cancel()
+        await until(partial(told, "queue", 0), timeout=2.0)
+        assert await told("busy", 1)
+        await stream.close()
+        await until(partial(told, "busy", 0), timeout=2.0)
 
 
 def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
@@ -243,9 +195,17 @@ def test_anthropic_messages(claude: anthropic.Anthropic) -> None:
     assert CHAT in {model.id for model in claude.models.list()}
 
 
-def test_anthropic_errors(claude: anthropic.Anthropic) -> None:
-    with pytest.raises(anthropic.NotFoundError) as missing:
-        claude.messages.create(model="none", max_tokens=4, messages=MESSAGES)  # type: ignore[arg-type]
-    assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
-    with pytest.raises(anthropic.BadRequestError):
-        claude.messages.create(model=CHAT, max_tokens=4, messages=LONG)  # type: ignore[arg-type]
+def test_anthropic_tools(claude: anthropic.Anthropic) -> None:
+    tool: Any = {"name": "weather", "description": "Now", "input_schema": WEATHER}
+    options: dict[str, Any] = {"model": TOOLS, "messages": MESSAGES}
+    told = claude.messages.count_tokens(**options).input_tokens
+    counted = claude.messages.count_tokens(**options, tools=[tool]).input_tokens
+    assert counted > told + 50  # the model is told of the tool
+    usage = claude.messages.create(**options, tools=[tool], max_tokens=4).usage
+    assert usage.input_tokens + (usage.cache_read_input_tokens or 0) == counted
+    use = {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Oslo"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "Rain"}
+    turns = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [result]}]
+    options["messages"] = [*MESSAGES, *turns]
+    assert claude.messages.count_tokens(**options, tools=[tool]).input_tokens > counted + 20
+    assert claude.messages.create(**options, tools=[tool], max_tokens=4).content
