@@ -88,7 +88,12 @@ class Call:
         async with AsyncExitStack() as stack:
             lease = await stack.enter_async_context(
                 dispatcher.lease(
-                    request.model, request.need, asked.explain, exclude=asked.exclude, digest=asked.digest
+                    request.model,
+                    request.need,
+                    asked.explain,
+                    exclude=asked.exclude,
+                    digest=asked.digest,
+                    streaming=request.streaming,
                 )
             )
             meta: dict[str, Any] = {
@@ -106,7 +111,7 @@ class Call:
             call.head = await call._while_alive(stream.head, patience)
             call.first = await call._while_alive(stream.read, patience)
             call.first_token = time.monotonic() - call.sent
-            dispatcher.board.spoke(lease.record.node_id)
+            dispatcher.board.spoke(lease.reservation)
             call._stack = stack.pop_all()
             return call
 
@@ -197,7 +202,7 @@ async def start_hedged(dispatcher: Dispatcher, request: Request, asked: Asked) -
             dispatcher.board.late(slower, time.monotonic(), time.monotonic() - began)
         asked.explain.adopt(told)
         asked.explain.hedged += 1
-    hedging.answered(call.first_token)
+    hedging.answered(time.monotonic() - began)  # what the first one asked took at least
     return call
 
 

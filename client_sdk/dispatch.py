@@ -14,7 +14,7 @@ from client_sdk.directory import Directory
 from client_sdk.events import decode_object
 from client_sdk.hedging import SHARE, Hedging
 from client_sdk.pool import Pool
-from client_sdk.scoreboard import Scoreboard
+from client_sdk.scoreboard import Reservation, Scoreboard
 from client_sdk.selection import Choice, Need, choose, expected
 from client_sdk.types import Explanation, RouteEvent, Timeouts, WorkerInfo
 from mesh.address import format_address, usable_addresses
@@ -55,6 +55,7 @@ class Lease:
 
     record: WorkerRecord
     connection: Connection
+    reservation: Reservation
 
     @property
     def id(self) -> str:
@@ -112,6 +113,7 @@ class Dispatcher:
         *,
         exclude: Collection[bytes] = (),
         digest: bytes | None = None,
+        streaming: bool = True,
     ) -> AsyncIterator[Lease]:
         """A worker for one request. On the way out the scoreboard learns of a failure.
 
@@ -119,13 +121,13 @@ class Dispatcher:
         """
         choice = await self._choose(model, need, exclude, digest)
         record = choice.chosen.record
-        self.board.reserve(record.node_id, time.monotonic())
+        reservation = self.board.reserve(record.node_id, time.monotonic(), streaming=streaming)
         self._tell(explain, choice)
         try:
             connection = await self.pool.get(record.node_id, usable_addresses(record.addresses))
             explain.path = _path(connection)
             explain.rtt = connection.rtt
-            yield Lease(record, connection)
+            yield Lease(record, connection, reservation)
         except Overloaded as error:
             self.board.busy_until(record.node_id, time.monotonic() + _refusal(error))
             raise
@@ -134,7 +136,7 @@ class Dispatcher:
                 self.board.failed(record.node_id, time.monotonic())
             raise
         finally:
-            self.board.release(record.node_id)
+            self.board.release(reservation)
 
     def hedging(self, kind: Hashable) -> Hedging:
         """The hedging policy for a kind of requests, which take about as long."""

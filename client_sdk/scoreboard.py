@@ -16,6 +16,8 @@ FADE = 300.0
 """Seconds after which a measurement counts 1/e."""
 LOAD_FADE = 15.0
 """Seconds after which a load report counts 1/e."""
+AS_LONG_AGAIN = 2.0
+"""What has been silent for a while can be expected to be silent for as long again."""
 BAN = 15.0
 MAX_BAN = 600.0
 
@@ -40,8 +42,20 @@ class Mean:
             return prior
         if prior <= 0:
             return self.value
-        weight = self.count * math.exp(-(now - self.at) / FADE)
-        return (self.value * weight + prior * PRIOR_WEIGHT) / (weight + PRIOR_WEIGHT)
+        trust = self.count / (self.count + PRIOR_WEIGHT) * math.exp(-(now - self.at) / FADE)
+        return prior + (self.value - prior) * trust
+
+    def faded(self, now: float) -> float:
+        """The mean, drawn towards 0 as it gets older; 0 where nothing was measured."""
+        return self.value * math.exp(-(now - self.at) / FADE) if self.count else 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reservation:
+    """A request that was given to a worker at this time."""
+
+    worker: bytes
+    at: float
 
 
 @dataclass(slots=True)
@@ -62,15 +76,23 @@ class Score:
     """Failures in a row."""
     banned_until: float = -math.inf
     full_until: float = -math.inf
-    """It refuses requests until then."""
+    """It refuses requests until then, as it said itself."""
+    places: float = 0.0
+    """But this many of this client's own it may have, by a report that came after the refusal."""
     probing: bool = False
     """One request is testing a worker whose ban has ended."""
+    unanswered: list[Reservation] = field(default_factory=list)
+    """Own requests for streams that wait for their first bytes, the oldest first."""
 
     def foreign_load(self, now: float) -> float:
         """Requests of others, fading with the age of the report."""
         if self.reported_at == -math.inf:
             return 0.0
         return self.foreign * math.exp(-max(0.0, now - self.reported_at) / LOAD_FADE)
+
+    def silence(self, now: float) -> float:
+        """Seconds to the first bytes that a new request must expect of a worker that keeps others waiting."""
+        return AS_LONG_AGAIN * (now - self.unanswered[0].at) if self.unanswered else 0.0
 
 
 class Scoreboard:
@@ -88,18 +110,29 @@ class Scoreboard:
             score = self._scores[worker] = Score()
         return score
 
-    def reserve(self, worker: bytes, now: float) -> None:
-        """A request was given to the worker: it counts at once, so that bursts spread."""
-        score = self[worker]
+    def reserve(self, worker: bytes, now: float, *, streaming: bool = True) -> Reservation:
+        """A request was given to the worker: it counts at once, so that bursts spread. One for a whole
+        answer, not `streaming`, tells nothing by its silence.
+        """
+        score, reservation = self[worker], Reservation(worker, now)
         score.in_flight += 1
+        if streaming:
+            score.unanswered.append(reservation)
         if score.failures and now >= score.banned_until:
             score.probing = True
+        return reservation
 
-    def release(self, worker: bytes) -> None:
-        """The request has ended, however it did."""
-        score = self[worker]
-        score.in_flight -= 1
+    def spoke(self, reservation: Reservation) -> None:
+        """The worker began to answer: others need not wait for the end of that."""
+        score = self[reservation.worker]
         score.probing = False
+        if reservation in score.unanswered:
+            score.unanswered.remove(reservation)
+
+    def release(self, reservation: Reservation) -> None:
+        """The request has ended, however it did."""
+        self.spoke(reservation)
+        self[reservation.worker].in_flight -= 1
 
     def available(self, worker: bytes, now: float, *, banned: bool = False) -> bool:
         """Whether the worker may be asked: not full, and not banned or being probed after a ban, except
@@ -108,7 +141,9 @@ class Scoreboard:
         score = self._scores.get(worker)
         if score is None:
             return True
-        return now >= score.full_until and (banned or (now >= score.banned_until and not score.probing))
+        if now < score.full_until and score.in_flight >= score.places:
+            return False
+        return banned or (now >= score.banned_until and not score.probing)
 
     def full_for(self, worker: bytes, now: float) -> float:
         """Seconds for which the worker said that it takes no requests; 0 where it does."""
@@ -121,12 +156,9 @@ class Scoreboard:
         score.foreign = max(0, busy + queue - score.in_flight)
         score.slots = slots
         score.reported_at = now
-        if queue < slots:
-            score.full_until = -math.inf  # there is room again
-
-    def spoke(self, worker: bytes) -> None:
-        """The worker began to answer: others need not wait for the end of that."""
-        self[worker].probing = False
+        # Room for as many waiting requests as it has slots: all that it refused would pile up on the first one
+        # that has room again, while the others are about to have some.
+        score.places = 2 * slots - score.foreign
 
     def succeeded(self, worker: bytes, now: float, *, first_token: float | None, speed: float | None) -> None:
         """An answer came through: `first_token` in seconds and `speed` in tokens/s where they could be told."""
@@ -139,8 +171,8 @@ class Scoreboard:
             score.generation_speed.add(speed, now)
 
     def late(self, worker: bytes, now: float, waited: float) -> None:
-        """Another worker spoke first: this one would have taken at least `waited` seconds."""
-        self[worker].first_token.add(waited, now)
+        """Another worker spoke first: this one has been silent for `waited` seconds."""
+        self[worker].first_token.add(AS_LONG_AGAIN * waited, now)
 
     def failed(self, worker: bytes, now: float) -> None:
         """The worker failed: it is banned for 15 s, doubling with each failure in a row."""
@@ -152,6 +184,7 @@ class Scoreboard:
         """The worker is overloaded and named a time before which asking again is useless."""
         score = self[worker]
         score.full_until = max(score.full_until, until)
+        score.places = 0.0
 
     def _evict(self) -> None:
         """Forget the idle worker that was heard of least recently."""

@@ -4,11 +4,12 @@ The expected time is what the answer would take if it were given to the worker n
 
     round trip + queue wait + prompt tokens / prompt speed + answer tokens / generation speed
 
-scaled up by poor health. Among workers that are nearly as good as the best, the better of two random
-ones is taken (the power of two choices, Mitzenmacher 2001), so that many clients with the same view do
-not herd. A conversation stays with the worker that holds its prefix in its cache: rendezvous hashing
-names that worker, and bounded loads (Mirrokni, Thorup, Zadimoghaddam 2018) let it overflow to the next, as
-it does where the worker is much slower than the others.
+scaled up by poor health. Among workers that are nearly as good as the best, the less loaded of two random
+ones is taken (the power of two choices, Mitzenmacher 2001), so that many clients with the same view do not
+herd, and a burst spreads although measurements of equal workers differ. A conversation stays with the
+worker that holds its prefix in its cache: rendezvous hashing names that worker, and bounded loads
+(Mirrokni, Thorup, Zadimoghaddam 2018) let it overflow to the next, as it does where the worker is much
+slower than the others.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ class Candidate:
 
     record: WorkerRecord
     cost: float
+    first_token: float
+    """Seconds until it would begin."""
     load: float
     """Requests per slot, this client's own included."""
 
@@ -107,15 +110,17 @@ def expected(
     prompt = score.prompt_speed.blend(record.prompt_speed, now) or usual.prompt
     prompt, generation = max(prompt, SLOWEST), max(generation, SLOWEST)
     service = need.prompt_tokens / prompt + need.answer_tokens / generation
-    # A worker that was slow to speak is so for reasons that its speeds do not tell.
-    slow = max(0.0, score.first_token.blend(0.0, now) - need.prompt_tokens / prompt)
     requests = score.foreign_load(now) + score.in_flight
     # A request that finds every slot busy waits for (waiting + 1) of them to become free, one each service/slots.
     wait = max(0.0, requests - slots + 1) * service / slots
-    cost = score.rtt.blend(DEFAULT_RTT, now) + slow + wait + service
     # Busy neighbours slow a slot down even where it does not wait.
-    cost *= 1 + 0.25 * min(requests, slots) / slots
-    return Candidate(record, cost * (2 - record.health / 100), requests / slots)
+    strain = (1 + 0.25 * min(requests, slots) / slots) * (2 - record.health / 100)
+    # A worker that was slow to speak is so for reasons that its speeds do not tell.
+    slow = max(0.0, score.first_token.faded(now) - need.prompt_tokens / prompt)
+    ready = (score.rtt.blend(DEFAULT_RTT, now) + wait + need.prompt_tokens / prompt + slow) * strain
+    first_token = max(ready, score.silence(now))
+    cost = first_token + need.answer_tokens / generation * strain
+    return Candidate(record, cost, first_token, requests / slots)
 
 
 def choose(
@@ -157,12 +162,21 @@ def _pick(candidates: Sequence[Candidate], need: Need, rng: Random) -> tuple[Can
             return home, "holds the conversation's prefix"
     if rng.random() < EXPLORE:
         return rng.choice(candidates), "exploration"
-    best = candidates[0].cost
-    near = [candidate for candidate in candidates if candidate.cost <= best * NEAR + NEAR_SECONDS]
+    best = candidates[0]
+    near = [
+        candidate
+        for candidate in candidates
+        if _near(candidate.cost, best.cost) and _near(candidate.first_token, best.first_token)
+    ]
     if len(near) == 1:
         return near[0], "least expected time"
     first, second = rng.sample(near, 2)
-    return min(first, second, key=lambda candidate: candidate.cost), "the better of two among the best"
+    less = min(first, second, key=lambda candidate: (candidate.load, candidate.cost))
+    return less, "the less loaded of two among the best"
+
+
+def _near(seconds: float, best: float) -> bool:
+    return seconds <= best * NEAR + NEAR_SECONDS
 
 
 def _home(candidates: Sequence[Candidate], prefix: bytes) -> Candidate | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from random import Random
 
 from client_sdk.hedging import Hedging
-from client_sdk.scoreboard import Scoreboard
+from client_sdk.scoreboard import Reservation, Scoreboard
 from client_sdk.selection import Need, choose
 from mesh.identity import NodeId
 from mesh.records import WorkerRecord
@@ -99,6 +99,7 @@ class Copy:
     worker: Worker
     ticket: Ticket
     sent: float
+    reservation: Reservation
     over: bool = False
     lost: bool = False
     """Its worker is gone: nothing comes of it any more."""
@@ -371,9 +372,8 @@ class Simulation:
         request.asked += 1
         cost = max(1.0, float(request.answer))
         ticket = Ticket(id(request.client).to_bytes(8, "big"), cost, 0, math.inf)
-        copy = Copy(request, worker, ticket, now)
+        copy = Copy(request, worker, ticket, now, request.client.board.reserve(worker.record.node_id, now))
         request.copies.append(copy)
-        request.client.board.reserve(worker.record.node_id, now)
         self.clock.at(now + worker.rtt / 2, lambda: self._reach(copy))
         return copy
 
@@ -394,6 +394,8 @@ class Simulation:
             self._ask(request)
 
     def _refused(self, copy: Copy) -> None:
+        if copy.over:
+            return
         self._close(copy)
         request, worker = copy.request, copy.worker
         retry = min(60.0, worker.admission.retry_after(self.clock.now))
@@ -405,7 +407,7 @@ class Simulation:
     def _close(self, copy: Copy) -> None:
         copy.over = True
         copy.request.copies.remove(copy)
-        copy.request.client.board.release(copy.worker.record.node_id)
+        copy.request.client.board.release(copy.reservation)
 
     def _spoke(self, copy: Copy) -> None:
         """The first token reaches the client."""
@@ -414,7 +416,8 @@ class Simulation:
             return
         if request.first_token is None:
             request.first_token = self.clock.now
-            request.client.hedging.answered(self.clock.now - copy.sent)
+            request.client.hedging.answered(self.clock.now - request.copies[0].sent)
+        request.client.board.spoke(copy.reservation)
         for other in [one for one in request.copies if one is not copy]:
             request.client.board.late(
                 other.worker.record.node_id, self.clock.now, self.clock.now - other.sent
@@ -453,9 +456,7 @@ class Simulation:
         accepted, displaced = worker.admission.offer(copy.ticket, self.clock.now)
         if displaced is not None:
             other = worker.running.pop(displaced)
-            self.clock.at(
-                self.clock.now + worker.rtt / 2, lambda: None if other.over else self._refused(other)
-            )
+            self.clock.at(self.clock.now + worker.rtt / 2, lambda: self._refused(other))
         if not accepted:
             self.clock.at(self.clock.now + worker.rtt / 2, lambda: self._refused(copy))
             return

@@ -80,6 +80,12 @@ def test_measurements_replace_the_prior_with_use_and_fade_with_age() -> None:
     assert distances[-1] < 5
     assert mean.blend(50, 20 * FADE) == pytest.approx(50, abs=0.01)
     assert mean.blend(0, 0) == mean.value, "without a prior the measurement is all there is"
+    for _ in range(10_000):
+        mean.add(100, 0)
+    assert mean.blend(50, 5 * FADE) < 51, "however often it was measured"
+    assert mean.faded(0) == mean.value
+    assert mean.faded(FADE) == pytest.approx(mean.value / math.e)
+    assert Mean().faded(0) == 0
 
 
 def test_bans_double_and_end() -> None:
@@ -99,9 +105,9 @@ def test_bans_double_and_end() -> None:
 def test_after_a_ban_one_request_probes() -> None:
     board, one = Scoreboard(), b"w"
     board.failed(one, 0)
-    board.reserve(one, BAN)
+    probe = board.reserve(one, BAN)
     assert not board.available(one, BAN), "a second request before the first has come through"
-    board.release(one)
+    board.release(probe)
     assert board.available(one, BAN)
 
 
@@ -195,6 +201,62 @@ def test_a_burst_spreads_over_equal_workers() -> None:
     shares = [board[one.node_id].in_flight for one in workers]
     assert min(shares) >= 2
     assert max(shares) <= 7
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_burst_spreads_although_the_measurements_differ(seed: int) -> None:
+    workers = [worker(number) for number in range(1, 5)]
+    board, rng = Scoreboard(), Random(seed)
+    for one in workers:
+        board.succeeded(one.node_id, 0, first_token=rng.uniform(0.07, 0.1), speed=rng.uniform(80, 120))
+    for _ in range(100):
+        choice = ask(workers, board, rng)
+        assert choice is not None
+        board.reserve(choice.chosen.id, 0)
+    assert max(board[one.node_id].in_flight for one in workers) <= 1.3 * 25
+
+
+def test_a_worker_that_keeps_a_request_waiting_gets_no_other() -> None:
+    """It may have become slow or be stuck: nothing else tells that yet."""
+    workers = [worker(number) for number in range(1, 4)]
+    board, silent = Scoreboard(), worker(1).node_id
+    waiting = board.reserve(silent, 0.0)
+    usual = expected(workers[0], board, Need(), 0.0).first_token
+    assert expected(workers[0], board, Need(), 30.0).first_token == 60.0, "as long again"
+    for seed in range(100):
+        choice = ask(workers, board, Random(seed), now=30.0)
+        assert choice is not None
+        assert choice.chosen.id != silent or choice.reason == "exploration"
+    board.spoke(waiting)
+    assert expected(workers[0], board, Need(), 30.0).first_token == pytest.approx(usual)
+    board.release(waiting)
+    board.reserve(silent, 30.0, streaming=False)
+    assert expected(workers[0], board, Need(), 90.0).first_token == pytest.approx(usual), (
+        "a whole answer is silent"
+    )
+
+
+def test_requests_that_end_unanswered_leave_no_silence_behind() -> None:
+    board = Scoreboard()
+    first, second = board.reserve(b"w", 0.0), board.reserve(b"w", 1.0)
+    assert board[b"w"].silence(2.0) == 4.0
+    board.release(first)
+    assert board[b"w"].silence(2.0) == 2.0
+    board.release(second)
+    assert board[b"w"].silence(2.0) == 0.0
+    assert board[b"w"].in_flight == 0
+
+
+def test_near_equal_means_the_first_token_too() -> None:
+    """Someone waits for it: the rest of a long answer does not make up for a late beginning."""
+    workers, board = [worker(1), worker(2), worker(3)], Scoreboard()
+    board.late(workers[0].node_id, 0.0, 0.1)
+    first, second = (expected(one, board, Need(), 0.0) for one in workers[:2])
+    assert first.cost < 1.25 * second.cost
+    for seed in range(100):
+        choice = ask(workers, board, Random(seed))
+        assert choice is not None
+        assert choice.chosen.id != first.id or choice.reason == "exploration"
 
 
 def test_clients_with_the_same_view_do_not_herd() -> None:
@@ -299,8 +361,11 @@ def test_a_full_worker_is_left_alone_until_it_has_room() -> None:
     board.report(one.node_id, busy=4, queue=4, slots=4, now=2.0)
     assert ask([one], board, Random(1), now=2.0) is None
     board.report(one.node_id, busy=4, queue=1, slots=4, now=3.0)
-    assert board.full_for(one.node_id, 3.0) == 0.0
-    assert ask([one], board, Random(1), now=3.0) is not None
+    for _ in range(3):
+        assert ask([one], board, Random(1), now=3.0) is not None
+        board.reserve(one.node_id, 3.0)
+    assert ask([one], board, Random(1), now=3.0) is None, "as many may wait as it has slots, not all at once"
+    assert ask([one], board, Random(1), now=30.0) is not None
 
 
 def test_a_banned_worker_is_the_last_resort() -> None:
@@ -317,9 +382,9 @@ def test_a_banned_worker_is_the_last_resort() -> None:
 def test_a_worker_that_began_to_answer_is_no_longer_on_trial() -> None:
     board, one = Scoreboard(), worker(1)
     board.failed(one.node_id, 0.0)
-    board.reserve(one.node_id, BAN + 1)
+    test = board.reserve(one.node_id, BAN + 1)
     assert not board.available(one.node_id, BAN + 1), "one request tests it"
-    board.spoke(one.node_id)
+    board.spoke(test)
     assert board.available(one.node_id, BAN + 1)
 
 
