@@ -19,9 +19,10 @@ from mesh.dht.announcing import Announcing
 from mesh.dht.crawl import Crawl
 from mesh.dht.datagrams import Codec
 from mesh.dht.rpc import Request
+from mesh.dht.shards import Depth
 from mesh.identity import Identity, dht_id
 from mesh.limits import ANNOUNCE_INTERVAL
-from mesh.records import model_key
+from mesh.records import SignedRecord, model_key
 from tests.sim.population import OPEN, PORT, Member, Population
 from tests.sim.world import World
 
@@ -74,13 +75,16 @@ class Announcer:
                     task.result()
 
 
-async def timed_lookup(world: World, member: Member, model: str, lookups: Lookups, want: int = 16) -> None:
+async def timed_lookup(
+    world: World, member: Member, model: str, lookups: Lookups, want: int = 16
+) -> list[SignedRecord]:
     """One lookup by a member that does not announce the model itself."""
     start = world.loop.time()
     found = await member.dht.lookup(model, want)
     lookups.tried += 1
     lookups.found += bool(found)
     lookups.seconds.append(world.loop.time() - start)
+    return found
 
 
 async def churn(
@@ -355,12 +359,11 @@ async def partition(world: World, nodes: int, *, minutes: float = 10.0) -> dict[
     return {"nodes": nodes, "healed_after_s": round(healed - began, 1)}
 
 
-async def popular(
-    world: World, nodes: int, *, workers: int, samples: int, settle: float = 600.0
-) -> dict[str, Any]:
-    """One model with more workers than a key holds, and samples of one by clients.
+async def popular(world: World, nodes: int, *, workers: int, samples: int, settle: float) -> dict[str, Any]:
+    """One model with more workers than a key holds, and a minute of samples of one by clients.
 
-    Where there are more `workers` than `nodes`, a node announces for several identities.
+    All start within the first third of `settle` seconds. Where there are more `workers` than `nodes`,
+    a node announces for several identities.
     """
     population = Population(world)
     await population.grow(nodes, seeds=0)
@@ -371,15 +374,14 @@ async def popular(
     stores = StoreRate(population)
     lookups = Lookups()
     met: Counter[bytes] = Counter()
-    for _ in range(samples):
-        await asyncio.sleep(120 / samples)
-        began = world.loop.time()
-        found = await population.rng.choice(population.members).dht.lookup("hot", 1)
-        lookups.seconds.append(world.loop.time() - began)
-        lookups.tried += 1
-        lookups.found += bool(found)
+
+    async def sample(wait: float) -> None:
+        await asyncio.sleep(wait)
+        found = await timed_lookup(world, population.rng.choice(population.members), "hot", lookups, 1)
         if found:
             met[population.rng.choice(found).record.node_id] += 1
+
+    await asyncio.gather(*(sample(ANNOUNCE_INTERVAL * number / samples) for number in range(samples)))
     rates = stores.per_key()
     fullest = max(
         member.protocol.storage.count(key, world.wall())
@@ -389,13 +391,16 @@ async def popular(
     for task in running:
         task.cancel()
     await asyncio.gather(*running, return_exceptions=True)
-    depths = Counter(hand.announcing._own["hot"].depth.depth for hand in hands)
+    depths = Counter(hand.depth.depth for hand in hands)
+    settling = sorted(hand.depth.since - hand.began for hand in hands)
     await population.stop()
     return {
         "nodes": nodes,
         "workers": workers,
         **lookups.summary(),
         "depths": dict(sorted(depths.items())),
+        "at_depth_after_s_p50": round(median(settling), 1),
+        "at_depth_after_s_p99": round(settling[int(len(settling) * 0.99)], 1),
         "fullest_key": fullest,
         "stores_per_s_and_key_max": round(max(rates), 2),
         "workers_met": len(met),
@@ -413,15 +418,25 @@ class Hand:
         self.announcing = Announcing(
             parts.protocol, parts.lookups, self.identity, population.network, environment
         )
+        self.began = 0.0
         self._member = member
         self._rng = population.rng
 
+    @property
+    def depth(self) -> Depth:
+        """Where it announces."""
+        [announced] = self.announcing._own.values()
+        return announced.depth
+
+    async def announce(self, model: str) -> None:
+        await self.announcing.announce(replace(self._member.record(model), node_id=self.identity.id))
+
     async def announce_for_ever(self, model: str, spread: float) -> None:
         wait = self._rng.uniform(0, spread)
+        self.began = self._member.world.loop.time() + wait
         while True:
             await asyncio.sleep(wait)
-            record = replace(self._member.record(model), node_id=self.identity.id)
-            await self.announcing.announce(record)
+            await self.announce(model)
             wait = ANNOUNCE_INTERVAL * self._rng.uniform(0.85, 1.15)
 
 

@@ -7,6 +7,8 @@ ports of a `World`: with latency, loss, partitions and one seed for everything t
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import random
 import selectors
 import socket
@@ -19,11 +21,28 @@ Address = tuple[str, int]
 EPOCH = 1_800_000_000.0
 
 
-class _Instant(selectors.BaseSelector):
-    """Waits by moving the virtual clock."""
+class _Timer:
+    """What `call_at` gives, to be cancelled."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    __slots__ = ("_args", "_callback")
+
+    def __init__(self, callback: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self._callback: Callable[..., object] | None = callback
+        self._args = args
+
+    def cancel(self) -> None:
+        self._callback = None
+
+    def run(self) -> None:
+        if self._callback is not None:
+            self._callback(*self._args)
+
+
+class _Instant(selectors.BaseSelector):
+    """Waits by moving the virtual clock to what comes next, and doing it."""
+
+    def __init__(self, proceed: Callable[[], None]) -> None:
+        self._proceed = proceed
 
     def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
         return selectors.SelectorKey(fileobj, 0, events, data)
@@ -32,9 +51,8 @@ class _Instant(selectors.BaseSelector):
         return selectors.SelectorKey(fileobj, 0, 0, None)
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        if timeout is None:
-            raise RuntimeError("the simulation waits for something that will never happen")
-        self.now += max(0.0, timeout)
+        if timeout != 0:
+            self._proceed()
         return []
 
     def get_map(self) -> dict[Any, selectors.SelectorKey]:
@@ -42,15 +60,46 @@ class _Instant(selectors.BaseSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """asyncio under a virtual clock."""
+    """asyncio under a virtual clock.
+
+    Timers and datagrams wait in one heap of tuples and are called from there: asyncio's own handles would
+    cost as much as the nodes. What a callback raises ends the simulation.
+    """
 
     def __init__(self, world: World) -> None:
-        self._instant = _Instant()
         self._world = world
-        super().__init__(self._instant)
+        self._now = 0.0
+        self._later: list[tuple[float, int, Callable[..., object], tuple[Any, ...]]] = []
+        self._order = itertools.count()
+        super().__init__(_Instant(self._proceed))
 
     def time(self) -> float:
-        return self._instant.now
+        return self._now
+
+    def call_at(  # type: ignore[override]  # a handle that can do no more than be cancelled
+        self, when: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Timer:
+        timer = _Timer(callback, args)
+        heapq.heappush(self._later, (max(when, self._now), next(self._order), timer.run, ()))
+        return timer
+
+    def call_later(  # type: ignore[override]
+        self, delay: float, callback: Callable[..., object], *args: Any, context: Any = None
+    ) -> _Timer:
+        return self.call_at(self._now + delay, callback, *args)
+
+    def deliver(self, delay: float, callback: Callable[..., object], *args: Any) -> None:
+        """As `call_later`, for what is never cancelled."""
+        heapq.heappush(self._later, (self._now + delay, next(self._order), callback, args))
+
+    def _proceed(self) -> None:
+        """Do what comes next, until a task can go on."""
+        ready = self._ready  # type: ignore[attr-defined]
+        while not ready:
+            if not self._later:
+                raise RuntimeError("the simulation waits for something that will never happen")
+            self._now, _, callback, args = heapq.heappop(self._later)
+            callback(*args)
 
     async def create_datagram_endpoint(  # type: ignore[override]  # only what a node uses
         self, protocol_factory: Callable[[], Any], local_addr: Address | None = None, **_: Any
@@ -130,7 +179,7 @@ class World:
             return
         if self.reaches is not None and not self.reaches(sender.address[0], to[0]):
             return
-        self.loop.call_later(self.rng.uniform(*self.latency), self._deliver, sender.address, to, data)
+        self.loop.deliver(self.rng.uniform(*self.latency), self._deliver, sender.address, to, data)
 
     def _deliver(self, sender: Address, to: Address, data: bytes) -> None:
         port = self._ports.get(to)
