@@ -280,7 +280,9 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
             pending.timer = loop.call_later(limits.SOFT_TIMEOUT, self._slow, message_id, timeout)
         self._send(data, address)
 
-    async def call(self, address: Address, method: str, arguments: list[Any], **how: Any) -> Reply | None:
+    def call(
+        self, address: Address, method: str, arguments: list[Any], **how: Any
+    ) -> asyncio.Future[Reply | None]:
         """`request` to be awaited; cancelling it leaves no trace."""
         future: asyncio.Future[Reply | None] = asyncio.get_running_loop().create_future()
 
@@ -289,7 +291,7 @@ class RpcProtocol(KademliaProtocol):  # type: ignore[misc]  # the package has no
                 future.set_result(reply)
 
         self.request(address, method, arguments, done, **how)
-        return await future
+        return future
 
     def is_silent(self, address: Address) -> bool:
         """Whether a request to the address went unanswered a short while ago."""

@@ -51,8 +51,6 @@ class RecordStore(IStorage):  # type: ignore[misc]  # the package has no types
     def put(self, key: bytes, blob: bytes, source: str | None, now: float) -> Outcome:
         """Store a record that came from `source` (None: our own) at `now` (unix seconds)."""
         entries = self._keys.get(key, {})
-        if any(entry.blob == blob for entry in entries.values()):
-            return Outcome.STORED
         try:
             record = open_envelope(blob, key, now)
         except ProtocolError:
@@ -61,7 +59,7 @@ class RecordStore(IStorage):  # type: ignore[misc]  # the package has no types
         if old is not None:
             # An equal seq with other bytes is refused too: a worker says one thing at a time.
             if record.seq <= old.seq:
-                return Outcome.REFUSED
+                return Outcome.STORED if blob == old.blob else Outcome.REFUSED
             old.blob, old.seq, old.expires = blob, record.seq, record.expires
             old.keep_until = max(old.keep_until, record.expires)
             return Outcome.STORED

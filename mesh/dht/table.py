@@ -90,13 +90,12 @@ class Table(RoutingTable):  # type: ignore[misc]  # the package has no types
         if known is not None:
             return known.address != address and known.failures > 0
         bucket = self._bucket(contact_id)
-        if not self._diverse(bucket, address):
-            return False
-        return (
+        has_room = (
             len(bucket) < BUCKET_SIZE
             or bucket.has_in_range(self.node)
             or any(contact.failures for contact in bucket.get_nodes())
         )
+        return has_room and self._diverse(bucket, address)
 
     def add(self, contact: Contact) -> bool:
         """Take a verified contact in where there is room; a failing one makes room."""
@@ -136,7 +135,7 @@ class Table(RoutingTable):  # type: ignore[misc]  # the package has no types
         """The contacts nearest to an id, the nearest first; failing ones only where no other is left."""
         number = int.from_bytes(target)
         good = [contact for contact in self if not contact.failures] or list(self)
-        return heapq.nsmallest(count, good, key=lambda contact: contact.long_id ^ number)
+        return sorted(good, key=lambda contact: contact.long_id ^ number)[:count]
 
     def stalest(self, count: int, before: float) -> list[Contact]:
         """Contacts not heard of since `before`, failing ones first."""
