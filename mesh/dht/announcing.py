@@ -121,11 +121,13 @@ class Announcing:
         depth = own.depth
         replicas = await self._announce_in_shard(own, record, depth.depth)
         while depth.should_split():
-            depth.move(depth.depth + 1, self._clock())
+            # On the way down looking is enough: a store would mislead others as long as it lives.
+            while depth.should_split():
+                depth.move(depth.depth + 1, self._clock())
+                depth.count = max(1, await self._count(record, depth.depth))
             replicas = await self._announce_in_shard(own, record, depth.depth)
         if depth.may_merge(self._clock()):
-            prefix = sibling(shard_prefix(record.node_id, depth.depth), depth.depth)
-            beside = await self._lookups.count(model_key(self._network, record.model, depth.depth, prefix))
+            beside = await self._count(record, depth.depth, beside=True)
             if depth.count + beside <= MERGE_AT:
                 depth.move(depth.depth - 1, self._clock())
                 replicas = await self._announce_in_shard(own, record, depth.depth)
@@ -133,6 +135,13 @@ class Announcing:
             if self._rng.random() < probability:
                 await self._announce_in_shard(own, record, shallower)
         return replicas
+
+    async def _count(self, record: WorkerRecord, depth: int, *, beside: bool = False) -> int:
+        """How many records the worker's shard of a depth has, or the one beside it."""
+        prefix = shard_prefix(record.node_id, depth)
+        if beside:
+            prefix = sibling(prefix, depth)
+        return await self._lookups.count(model_key(self._network, record.model, depth, prefix))
 
     async def _announce_in_shard(self, own: _Announced, record: WorkerRecord, depth: int) -> int:
         """Publish at one depth; at the worker's own depth the shard's size is learnt."""

@@ -22,8 +22,6 @@ MAX_PAGES: Final = 16
 """Rounds of requests for further records of one key."""
 MAX_BARREN_PAGES: Final = 6
 """In a row that bring nothing new."""
-COUNTS_ASKED: Final = 3
-"""Holders whose word is taken on the size of a key."""
 MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0

@@ -116,20 +116,13 @@ class Lookups:
         return best, tried[best]
 
     async def count(self, key: bytes) -> int:
-        """How many records there are under a key, as the first few holders say."""
-
-        counts: list[int] = []
-
-        def enough(answer: Answer) -> bool:
+        """How many records there are under a key: the median of its holders, since some may lie."""
+        crawl = Crawl(self._protocol, key, self._start(key), method="find_value", arguments=lambda: [b"", 0])
+        counts = []
+        for answer in await crawl.run():
             match answer.reply:
-                case [_, _, _, int(count), *_] if count > 0:
+                case [_, _, _, int(count), *_]:
                     counts.append(count)
-            return len(counts) >= limits.COUNTS_ASKED
-
-        start = self._start(key)
-        await Crawl(
-            self._protocol, key, start, method="find_value", arguments=lambda: [b"", 0], on_answer=enough
-        ).run()
         return round(median(counts)) if counts else 0
 
     async def nearest(self, key: bytes) -> list[Answer]:

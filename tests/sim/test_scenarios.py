@@ -6,7 +6,9 @@ import asyncio
 
 import pytest
 
+from mesh.dht.shards import SPLIT_AT
 from mesh.network import Network
+from mesh.records import model_key, open_record, shard_prefix
 from tests.sim import scenarios
 from tests.sim.population import Population
 from tests.sim.world import World
@@ -59,6 +61,29 @@ def test_a_popular_model_overloads_no_key_and_is_sampled_evenly() -> None:
     assert result["workers_met"] >= 50
     assert max(result["depths"]) >= 1
     assert result["uniform_p"] >= 0.001
+
+
+def test_a_newcomer_leaves_nothing_in_the_full_shards_that_it_passes() -> None:
+    world = World(14)
+
+    async def scenario() -> None:
+        population = Population(world)
+        await population.grow(12)
+        await asyncio.sleep(20)
+        deep: list[scenarios.Hand] = []
+        while len(deep) < 4:  # those who fill the two shards of depth 1 go on with what they stored there
+            hand = scenarios.Hand(population.rng.choice(population.members), population)
+            await hand.announce("hot")
+            deep += [hand] * (hand.depth.depth == 2)
+        node_id = deep[-1].identity.id
+        key = model_key(population.network, "hot", 1, shard_prefix(node_id, 1))
+        held = population.members[0].protocol.storage.sample(key, b"", 0, world.wall())
+        workers = [open_record(blob, population.network, key, world.wall()).node_id for blob in held]
+        assert len(workers) >= SPLIT_AT
+        assert node_id not in workers
+        await population.stop()
+
+    world.run(scenario())
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
