@@ -6,9 +6,8 @@ be sent is collected in the `outbox` and pulled from there as whole frames.
 
 from __future__ import annotations
 
-import sys
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import islice
 
 from mesh.errors import (
     ConnectionClosed,
@@ -23,20 +22,18 @@ from mesh.events import Event, Failed, Ponged, goaway_error
 from mesh.frames import (
     Credit,
     Data,
-    Deframer,
     End,
     GoAway,
     Head,
-    Message,
     Meta,
     Open,
     Ping,
     Pong,
     Reset,
     Unknown,
-    decode,
     encode,
 )
+from mesh.inbox import Inbox
 from mesh.limits import (
     CREDIT_DEADLINE,
     INITIAL_CREDIT,
@@ -62,10 +59,9 @@ class ConnectionState:
     """
 
     __slots__ = (
-        "_deframer", "_extra_window", "_frames", "_ignored_opens", "_initiator", "_last_peer_sid", "_liveness",
-        "_messages", "_next_sid", "_peer_max_streams", "_peer_window",
-        "_receive", "_rekey_after", "_resets",
-        "failed", "finished", "goaway_received", "goaway_sent", "heard",
+        "_extra_window", "_ignored_opens", "_initiator", "_last_peer_sid", "_liveness", "_next_sid",
+        "_peer_max_streams", "_peer_window", "_resets",
+        "failed", "finished", "goaway_received", "goaway_sent", "inbox",
         "max_streams", "outbox", "own_streams", "peer_streams", "streams",
     )  # fmt: skip
 
@@ -83,14 +79,10 @@ class ConnectionState:
         rekey_after: int = REKEY_AFTER_FRAMES,
     ) -> None:
         self._initiator = initiator
-        self._receive = receive
-        self._rekey_after = rekey_after
+        self.inbox = Inbox(receive, rekey_after=rekey_after)
         self.outbox = Outbox(send, load=load, on_ended=self._on_ended, rekey_after=rekey_after)
         self._peer_max_streams = peer_max_streams
         self._peer_window = peer_window
-        self._deframer = Deframer()
-        self._frames: deque[bytes] = deque()
-        self._messages: Iterator[Message | Unknown] | None = None
         self._liveness = Liveness(now)
         self._resets = TokenBucket(RESET_BURST, RESETS_PER_SECOND, now)
         self._next_sid = 1 if initiator else 2
@@ -101,8 +93,6 @@ class ConnectionState:
         self.streams: dict[int, StreamState] = {}
         self.own_streams = 0
         self.peer_streams = 0
-        self.heard = False
-        """A frame of the peer authenticated, so it is no replay of an old handshake."""
         self.goaway_sent = False
         self.goaway_received: GoAway | None = None
         self.failed = False
@@ -229,8 +219,9 @@ class ConnectionState:
         try:
             if data:
                 self._liveness.heard(now)
-                self._frames += self._deframer.feed(data)
-            self._work_off(now, at_most or sys.maxsize, events)
+                self.inbox.feed(data)
+            for message in islice(self.inbox, at_most):
+                _ON[type(message)](self, message, now, events)
         except ProtocolError as error:
             self._fail(error, events)
         return events
@@ -238,24 +229,7 @@ class ConnectionState:
     @property
     def backlog(self) -> bool:
         """Whether more was received than was dealt with."""
-        return not self.failed and (self._messages is not None or bool(self._frames))
-
-    def _work_off(self, now: float, at_most: int, events: list[Event]) -> None:
-        done = 0
-        while done < at_most and (self._messages is not None or self._frames):
-            if self._messages is None:
-                plaintext = self._receive.decrypt(self._frames.popleft())
-                if self._receive.nonce % self._rekey_after == 0:
-                    self._receive.rekey()
-                self.heard = True
-                self._messages = decode(plaintext)
-                done += 1
-            for message in self._messages:
-                _ON[type(message)](self, message, now, events)
-                done += 1
-                if done >= at_most:
-                    return
-            self._messages = None
+        return not self.failed and self.inbox.waiting
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due: PING a silent peer, give up a dead one, reset streams without credit."""

@@ -222,7 +222,7 @@ class Connection(asyncio.BufferedProtocol):
     def feed(self, data: bytes | memoryview) -> None:
         """Bytes from the socket, also those that came right behind the handshake."""
         self._handle(self.state.receive(data, monotonic(), MESSAGES_PER_TURN))
-        if self._on_heard is not None and self.state.heard:
+        if self._on_heard is not None and self.state.inbox.heard:
             on_heard, self._on_heard = self._on_heard, None
             on_heard(self)
         if self.state.backlog and not self.closed and self._transport is not None:

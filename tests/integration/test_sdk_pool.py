@@ -98,7 +98,7 @@ async def test_only_the_own_node_is_reached_without_a_socket() -> None:
         assert (await one.get(own.id, [listener.address])) is within
         direct = await one.get(other.id, [parse_address(address)])
         assert direct.remote_address == parse_address(address)
-        assert type(direct.state._receive) is CipherState, "encrypted"
+        assert type(direct.state.inbox._cipher) is CipherState, "encrypted"
         await one.close()
     await listener.close(0)
     assert within.closed

@@ -60,7 +60,7 @@ def sent(link: Link, *, by_responder: bool = False) -> list[list[Message | Unkno
     """The frames that one end has to send, decoded by looking over the other's shoulder."""
     end, other = (link.responder, link.initiator) if by_responder else (link.initiator, link.responder)
     pieces = end.outbox.pull(1 << 30)
-    return [list(decode(other._receive.decrypt(ciphertext))) for ciphertext in pieces[1::2]]
+    return [list(decode(other.inbox._cipher.decrypt(ciphertext))) for ciphertext in pieces[1::2]]
 
 
 def inject(link: Link, *messages: Message, to_initiator: bool = False) -> list[Event]:
