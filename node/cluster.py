@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from mesh.errors import ConfigurationError, QMeshError
+from mesh.errors import ConfigurationError
 from sidecar import launch
 
 STATE_FILE = "cluster.json"
@@ -32,13 +32,15 @@ START_TIMEOUT = 60.0
 STOP_TIMEOUT = 25.0
 MOST_NODES = 64
 POLL = 0.02
+EXIT_BUG, EXIT_SERVER = 1, 7
+_ANY_PORT = "127.0.0.1:0"
 _NODE = (sys.executable, "-P", "-m", "node", "run", "--json", "--no-mdns")
 _GUARD = (sys.executable, "-I", "-S", launch.__file__, "--")
 """Starts a program that dies with this process, however this one ends."""
 
 
-class ClusterError(QMeshError):
-    """A node of the cluster did not start; the text holds its last words."""
+class ClusterError(ConfigurationError):
+    """A node of the cluster did not start: why, as it said itself, with its own fix and exit code."""
 
 
 @dataclass(slots=True)
@@ -70,8 +72,13 @@ class Member:
                 return process
         return None
 
+    def events(self) -> list[dict[str, Any]]:
+        """What it has told so far."""
+        lines = (Path(self.folder) / EVENTS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def errors(self) -> str:
-        """The end of what it wrote to stderr, and of its last error event."""
+        """The end of what it wrote to stderr."""
         with contextlib.suppress(OSError):
             lines = (
                 (Path(self.folder) / ERRORS_FILE).read_text(encoding="utf-8", errors="replace").splitlines()
@@ -98,7 +105,8 @@ class Cluster:
         self, count: int, extra: Iterable[str] = (), on_ready: Callable[[Member], None] | None = None
     ) -> list[Member]:
         """Start `count` nodes (`extra`: more arguments for each) and wait until all can answer. The
-        others join the first. Raises ConfigurationError, and ClusterError after ending what had started.
+        others join the first. They listen on free ports of the loopback, the gateways too unless `extra` has
+        ``--no-gateway``. Raises ConfigurationError, and ClusterError after ending what had started.
         """
         if not 1 <= count <= MOST_NODES:
             raise ConfigurationError(
@@ -128,14 +136,16 @@ class Cluster:
         return self.members
 
     async def restart(self, member: Member) -> Member:
-        """Start a dead member again in its folder and at its address, joined to one that lives; returns the
+        """Start a dead member again in its folder and at its addresses, joined to one that lives; returns the
         new member. Raises ClusterError.
         """
         await self._ended([member], STOP_TIMEOUT)
         alive = [other for other in self.members if other is not member and other.process()]
         join = ["--join", alive[0].address] if alive else []
+        url = member.ready["gateway"]
+        gateway = ["--gateway", url.partition("://")[2]] if url else []
         self.members.remove(member)
-        fresh = self._spawn(member.number, [*self._extra, "--listen", member.address, *join])
+        fresh = self._spawn(member.number, [*self._extra, "--listen", member.address, *gateway, *join])
         fresh.ready = await _event(fresh, "ready")
         self._save()
         return fresh
@@ -175,7 +185,12 @@ class Cluster:
     def _spawn(self, number: int, extra: Iterable[str]) -> Member:
         folder = self.folder / f"node-{number}"
         folder.mkdir(parents=True, exist_ok=True)
-        command = [*_NODE, "--data-dir", str(folder), *_default(extra, "--listen", "127.0.0.1:0")]
+        given = [*extra]
+        if "--listen" not in given:
+            given += ["--listen", _ANY_PORT]
+        if "--gateway" not in given and "--no-gateway" not in given:
+            given += ["--gateway", _ANY_PORT]
+        command = [*_NODE, "--data-dir", str(folder), *given]
         with (folder / EVENTS_FILE).open("wb") as events, (folder / ERRORS_FILE).open("wb") as errors:
             child = subprocess.Popen(  # noqa: S603 - our own program
                 [*_GUARD, *command] if self._attached else command,
@@ -218,21 +233,30 @@ class Cluster:
 
 async def _event(member: Member, name: str) -> dict[str, Any]:
     """Wait for one of a node's events. Raises ClusterError where it ends or takes too long."""
-    path = Path(member.folder) / EVENTS_FILE
     until = time.monotonic() + START_TIMEOUT
     while True:
         alive = member.process() is not None
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                event: Mapping[str, Any] = json.loads(line)
-                if event.get("event") == name:
-                    return dict(event)
-        if not alive or time.monotonic() > until:
-            how = "took too long to start" if alive else "ended before it was ready"
-            raise ClusterError(f"node {member.number} {how}:\n{member.errors()}")
+        events = {event["event"]: event for event in member.events()}
+        if name in events:
+            return events[name]
+        if not alive:
+            raise _failure(member, events.get("error"))
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"node {member.number} took more than {START_TIMEOUT:.0f} s to start:\n{member.errors()}",
+                "Try again when this machine has less to do, or with fewer nodes.",
+                exit_code=EXIT_SERVER,
+            )
         await asyncio.sleep(POLL)
 
 
-def _default(arguments: Iterable[str], flag: str, value: str) -> list[str]:
-    given = list(arguments)
-    return given if flag in given else [flag, value, *given]
+def _failure(member: Member, told: Mapping[str, Any] | None) -> ClusterError:
+    """Why a node has ended before it was ready."""
+    if told is not None:
+        cause = f"node {member.number} did not start: {told['error']}"
+        return ClusterError(cause, told["fix"], exit_code=told["exit_code"])
+    return ClusterError(
+        f"node {member.number} ended without a word:\n{member.errors()}",
+        f"See {Path(member.folder) / 'logs'}; somebody may have killed it.",
+        exit_code=EXIT_BUG,
+    )

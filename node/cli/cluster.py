@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from node.cli import options
-from node.cli.output import data, progress, reporting, table
+from node.cli.output import CHAT_REQUEST, data, progress, reporting, table
 
 app = typer.Typer(help="Local test clusters of real nodes.", no_args_is_help=True)
 
@@ -52,7 +52,7 @@ def up(
     with reporting(as_json=as_json):
         from node.cluster import Cluster, Member
 
-        extra = [*(() if slots is None else ("--slots", str(slots))), "--no-gateway"]
+        extra = [*(() if slots is None else ("--slots", str(slots)))]
         if model is not None:
             extra.append(str(model))
 
@@ -62,21 +62,24 @@ def up(
             else:
                 models = ", ".join(member.ready["models"])
                 progress(
-                    f"node {member.number}: {member.worker_id[:12]} at {member.address}, {models}",
+                    f"node {member.number}: {member.worker_id[:12]} at {member.address}, "
+                    f"{member.ready['gateway']}/v1, {models}",
                     quiet=quiet,
                 )
 
         def tell_fate(member: Member, fate: str) -> None:
             if as_json:
-                data({"event": fate, "number": member.number, "worker_id": member.worker_id})
+                data({**member.ready, "event": fate, "number": member.number})
             else:
                 progress(f"node {member.number}: {fate}", quiet=quiet)
 
         async def work() -> None:
             await cluster.up(count, extra, tell)
             if not as_json:
+                first = cluster.members[0]
                 progress(
-                    f"try: qmesh-node generate 'Once upon a time' --join {cluster.members[0].address}",
+                    f"try: qmesh-node generate 'Once upon a time' --join {first.address}\n"
+                    f"  or: curl {first.ready['gateway']}/v1/chat/completions {CHAT_REQUEST}",
                     quiet=quiet,
                 )
             if kill_every is not None:

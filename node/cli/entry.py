@@ -69,17 +69,17 @@ async def configured_mesh(loaded: Loaded) -> Membership:
 
 async def mesh_client(loaded: Loaded) -> MeshClient:
     """A client of the mesh that the settings lead to. Raises as `configured_mesh` does."""
-    return MeshClient(**await _way_in(loaded))
+    return MeshClient(**await way_in(loaded))
 
 
 def blocking_client(loaded: Loaded) -> SyncMeshClient:
     """As `mesh_client`, for commands that read from the terminal: a wait for a line cannot be cancelled,
     so Ctrl-C must reach the main thread in it.
     """
-    return SyncMeshClient(**asyncio.run(_way_in(loaded)))
+    return SyncMeshClient(**asyncio.run(way_in(loaded)))
 
 
-async def _way_in(loaded: Loaded) -> dict[str, Any]:
+async def way_in(loaded: Loaded) -> dict[str, Any]:
     """What was asked for; else the node that runs here; else the nodes that one here would start from."""
     folder = loaded.config.data_dir
     asked = loaded.explicit("join") and loaded.origin["join"] != str(folder / CONFIG_FILE)

@@ -44,6 +44,12 @@ class ExitCode(IntEnum):
     """Ctrl-C."""
 
 
+CHAT_REQUEST = (
+    """-H 'Content-Type: application/json' -d '{"messages":[{"role":"user","content":"Hello!"}]}'"""
+)
+"""What to give curl behind the URL of a gateway's chat."""
+
+
 def data(value: Mapping[str, Any] | Sequence[Any]) -> None:
     """One JSON value on a line of stdout."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False) + "\n")

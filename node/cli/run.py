@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from node.cli import options
-from node.cli.output import data, progress, reporting, text
+from node.cli.output import CHAT_REQUEST, data, progress, reporting, text
 
 
 def run(
@@ -136,8 +136,7 @@ def describe(event: Mapping[str, Any]) -> list[str]:
             if event["gateway"]:
                 lines += [
                     f"gateway  {event['gateway']}/v1",
-                    f"  curl {event['gateway']}/v1/chat/completions -H 'Content-Type: application/json' "
-                    '-d \'{"messages":[{"role":"user","content":"Hello!"}]}\'',
+                    f"  curl {event['gateway']}/v1/chat/completions {CHAT_REQUEST}",
                 ]
             return [*lines, f"try      qmesh-node generate 'Once upon a time' --join {address}"]
         case "unreached":

@@ -236,8 +236,16 @@ def test_another_network(home: Home, members: list[Member]) -> None:
 
 
 def test_a_cluster_that_cannot_start(home: Home, tmp_path: Path) -> None:
-    """What its first node said is told, and the others are ended."""
+    """What its first node said is told, with its fix and its exit code, and the others are ended."""
     model = str(garbage(tmp_path))
-    done = home.run("cluster", "up", "-n", "2", "--model", model, "--data-dir", str(tmp_path / "cluster"))
-    refused(done, ExitCode.SERVER, "node 1 ended before it was ready", model)
+    up = ("cluster", "up", "-n", "2", "--data-dir", str(tmp_path / "cluster"))
+    done = home.run(*up, "--model", model, "--json")
+    refused(done, ExitCode.MODEL, "node 1 did not start", model, "Name a GGUF file")
+    (told,) = done.lines
+    assert (told["event"], told["exit_code"]) == ("error", ExitCode.MODEL)
+    for variable, value, code in (
+        ("QMESH_LLAMA_SERVER", "/no/such/server", ExitCode.SERVER),
+        ("QMESH_SLOTS", "0", ExitCode.USAGE),
+    ):
+        refused(home.run(*up, environ={variable: value}), code, "node 1 did not start", value)
     assert not (tmp_path / "cluster" / "cluster.json").exists()

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from select import select
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
@@ -199,6 +200,34 @@ def test_a_folder_in_use_and_a_port_in_use_that_were_asked_for(terminals: Termin
         assert busy.lines[-1] == {"event": "stopped"}
 
 
+# --- settings
+
+
+def test_all_commands_find_the_mesh_by_the_same_settings(
+    home: Home, members: list[Member], tmp_path: Path
+) -> None:
+    address, everybody = members[1].address, {member.worker_id for member in members}
+    file = tmp_path / "named.toml"
+    file.write_text(f"join = ['{address}']\n")
+    (model,) = home.run("models", "--json", environ={"QMESH_JOIN": address}).lines
+    assert {worker["id"] for worker in model["workers"]} == everybody
+    assert home.run("chat", "Hello", "-n", "4", "--config", str(file)).code == 0
+    elsewhere = home.run("generate", PROMPT, environ={"QMESH_JOIN": address, "QMESH_NETWORK": "others"})
+    assert elsewhere.code == 8
+    assert "network name" in elsewhere.err
+
+    # what the node here would start from, while none runs
+    (invited,) = home.run("invite", "--json", "--data-dir", members[0].folder).lines
+    assert (invited["private"], invited["id"]) == (False, None)
+    assert home.run("join", invited["token"]).code == 0
+    assert home.run("generate", PROMPT, "-n", "4").code == 0
+
+    # and the folder of a node
+    file.write_text(f"data_dir = '{members[2].folder}'\n")
+    (status,) = home.run("status", "--json", "--config", str(file)).lines
+    assert status["worker_id"] == members[2].worker_id
+
+
 # --- versions, help, clusters
 
 
@@ -255,6 +284,9 @@ def test_a_cluster_goes_up_and_down(home: Home, tmp_path: Path) -> None:
         (one["worker_id"], True) for one in up.lines
     ]
     assert up.lines[1]["worker_id"][:12] in home.run("cluster", "status", "--data-dir", folder).out
+    for line in up.lines:
+        with urlopen(f"{line['gateway']}/v1/models", timeout=seconds(10)) as models:
+            assert [one["id"] for one in json.load(models)["data"]] == [MODEL]
     twice = home.run("cluster", "up", "--data-dir", folder)
     assert twice.code == 2
     assert "is running" in twice.err

@@ -26,6 +26,10 @@ def test_nodes_are_killed_and_come_back_until_ctrl_c(tmp_path: Path) -> None:
         assert [event["event"] for event in events] == ["ready", "ready", "killed", "back"]
         killed, back = events[-2:]
         assert killed["worker_id"] == back["worker_id"] in {event["worker_id"] for event in events[:2]}
+        (before,) = (event for event in events[:2] if event["worker_id"] == back["worker_id"])
+        for name in ("address", "gateway"):
+            assert before[name]
+            assert before[name] == killed[name] == back[name]
         assert home.marked.gone(10) == []
         assert not (folder / "cluster.json").exists()
     finally:

@@ -7,11 +7,21 @@ import json
 import shutil
 import socket
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from mesh.address import parse_address
+from mesh.dht import probe
+from mesh.errors import AuthenticationError, DeadlineExceeded
+from mesh.identity import Identity
+from mesh.join import decode_token
+from mesh.network import Network
+from mesh.transport import connect
 from tests.support import seconds
 
 COMMAND = (sys.executable, "-P", "-m", "node")
@@ -96,6 +106,53 @@ async def test_a_private_mesh_from_its_founding_to_its_closed_door(tmp_path: Pat
                 while "was started with the identity of this one" not in log.read_text():  # noqa: ASYNC110 - a file has no event
                     await asyncio.sleep(0.1)
     assert (await run("leave", folder=second))[1] == [{"left": True}]
+
+
+async def test_a_leaked_token_is_worth_nothing_once_it_is_revoked_or_over(tmp_path: Path) -> None:
+    home, early, late = tmp_path / "home", tmp_path / "early", tmp_path / "late"
+    await run("join", "--new", "kitchen", folder=home)
+    async with node(home) as one:
+        (leaked,) = (await run("invite", "--hours", "1", folder=home))[1]
+        (other,) = (await run("invite", folder=home))[1]
+        assert abs(other["expires"] - time.time() - 24 * 3600) < seconds(60)
+        code, listed, _ = await run("invite", "--list", folder=home)
+        assert [line["id"] for line in listed] == [leaked["id"], other["id"]]
+
+        async with node(early, "--join", leaked["token"]):
+            (model,) = (await run("models", "--join", leaked["token"], folder=tmp_path / "asking"))[1]
+            assert len(model["workers"]) == 2
+        assert (await run("invite", "--revoke", leaked["token"], folder=home))[1] == [
+            {"revoked": leaked["id"]}
+        ]
+
+        # for the one who comes too late it opens nothing: no membership, no answer, no datagram
+        for command in (["join", leaked["token"]], ["models", "--join", leaked["token"]]):
+            code, _, told = await run(*command, folder=late)
+            assert code == 2
+            assert "does not accept it" in told
+            assert "ask for a new one" in told
+        assert not (late / "mesh.json").exists()
+        assert not (late / "joined").exists()
+        ticket = decode_token(leaked["token"]).ticket
+        assert ticket is not None
+        thief, address = Network("kitchen", ticket.key), parse_address(one["address"])
+        for network in (thief, Network("kitchen")):
+            with pytest.raises(AuthenticationError):
+                await connect(*address, identity=Identity(), network=network, peer_id=ticket.inviter)
+            with pytest.raises(DeadlineExceeded):
+                await probe(*address, network, 1)
+
+        # a token that is over by the node's list is no better, whatever the clock of its holder says
+        (home / "invitations.json").write_text(json.dumps({other["id"]: int(time.time()) - 1}))
+        assert (await run("join", other["token"], folder=late))[0] == 2
+
+        # who came in time stays in, with the token in its settings for good
+        async with node(early, "--join", leaked["token"]):
+            (model,) = (await run("models", folder=early))[1]
+            assert len(model["workers"]) == 2
+    code, _, told = await run("join", other["token"], folder=late)
+    assert code == 8
+    assert "does not answer" in told
 
 
 async def test_peers_dial_back_and_netcheck_says_so(tmp_path: Path) -> None:
