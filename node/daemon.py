@@ -29,7 +29,6 @@ from node.__about__ import USER_AGENT
 from node.announcer import Announcer
 from node.config import Loaded
 from node.folder import DataFolder
-from node.gateway.server import Gateway, mesh_client
 from node.inference import Inference
 from node.invitations import Invitations
 from node.logs import log_file
@@ -47,6 +46,7 @@ from sidecar.pool import ModelPool
 
 if TYPE_CHECKING:
     from mesh.lan import Lan
+    from node.gateway.server import Gateway
 
 log = logging.getLogger("qmesh.node")
 
@@ -204,6 +204,8 @@ class Node:
 
     def _open_gateway(self, address: str, entry: str, identity: Identity, network: Network) -> Gateway:
         """The OpenAI API of this node; it enters the mesh through the node itself. Raises ConfigurationError."""
+        from node.gateway.server import Gateway, mesh_client  # noqa: PLC0415 - aiohttp loads while the wire listens
+
         assert self._state is not None
         assert self._listener is not None
         return Gateway(
