@@ -17,7 +17,7 @@ answer. Bodies that are no event streams are held until they are whole: they can
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from random import Random
 from typing import Any
 
@@ -26,10 +26,9 @@ import orjson
 from client_sdk.chat_journal import LIMITS, prefilled
 from client_sdk.events import MAX_EVENT
 from client_sdk.failover import REPLAY_WITHIN, ReplayDiverged, Way
+from client_sdk.transcript import MAX_JOURNAL, Transcript, decoded, payloads_of
 from mesh.errors import BackendFailed, MalformedMessage, StreamInterrupted
 
-MAX_JOURNAL = 8 << 20
-"""Bytes of an answer kept for continuing it; a longer one can no longer be continued."""
 MAX_WHOLE = 64 << 20
 _SEEDED = frozenset(
     {"/v1/chat/completions", "/v1/completions", "/completion", "/infill", "/v1/messages", "/v1/responses"}
@@ -53,25 +52,20 @@ class Passthrough:
         self.way = Way.START
         self.digest: bytes | None = None
         self.complete = False
-        self._delivered: list[bytes] = []
-        self._size = 0
+        self._delivered = Transcript(chat=path == "/v1/chat/completions")
         self._rest = bytearray()
         self._replayed = 0
         self._renamed: dict[bytes, bytes] = {}
         self._no_replay = False
-        self._text: str | None = "" if path == "/v1/chat/completions" else None
-        """The plain text of a chat so far; None once something else was delivered."""
-        self._tokens = 0
-        self._counted = not self.body.get("stop")
-        """Whether `_tokens` is exact."""
+        self._holds_back = bool(self.body.get("stop"))
+        """Whether the server may put several tokens into one event."""
         self._resent = 0
         """Tokens that the current worker got as part of its prompt."""
-        self._first: dict[str, Any] = {}
 
     @property
     def started(self) -> bool:
         """Whether anything was delivered."""
-        return bool(self._delivered)
+        return self._delivered.size > 0
 
     def next_body(self, took: float) -> bytes:
         """The body for the next worker; writing what was delivered took this many seconds.
@@ -84,13 +78,14 @@ class Passthrough:
         if not self.started:
             self.way = Way.START
             return orjson.dumps(self.body)
-        if self._size > MAX_JOURNAL:
+        if not self._delivered.kept:
             raise self.lost(f"it is longer than the {MAX_JOURNAL} bytes that are kept for that")
         quick = self.body.get("temperature") == 0 and took <= REPLAY_WITHIN
-        if self._text and (self._no_replay or (self._own_seed and not quick and self._within_limits)):
+        text, tokens = self._delivered.text, self._delivered.tokens
+        if text and (self._no_replay or (self._own_seed and not quick and self._within_limits)):
             self.way = Way.PREFILL
-            self._resent = self._tokens
-            return orjson.dumps(prefilled(self.body, self._text, self._tokens))
+            self._resent = tokens
+            return orjson.dumps(prefilled(self.body, text, tokens))
         if self._no_replay or self.path not in _SEEDED:
             raise self.lost("this kind of answer cannot be repeated exactly")
         self.way = Way.REPLAY
@@ -102,6 +97,16 @@ class Passthrough:
         Raises ReplayDiverged, MalformedMessage for an endless event, BackendFailed for an error that
         the server sent in mid-stream.
         """
+        if self._rest or not self.streaming or not data.endswith(b"\n\n"):
+            data = self._whole_events(data)
+        if not data:
+            return b""
+        if self.way is Way.START:
+            self._keep(data)
+            return data
+        return b"".join(self._fitted(event) for event in data.split(b"\n\n")[:-1])
+
+    def _whole_events(self, data: bytes) -> bytes:
         self._rest += data
         if not self.streaming:
             if len(self._rest) > MAX_WHOLE:
@@ -114,10 +119,7 @@ class Passthrough:
             return b""
         whole = bytes(self._rest[:end])
         del self._rest[:end]
-        if self.way is Way.START:
-            self._keep(whole)
-            return whole
-        return b"".join(self._fitted(event) for event in whole.split(b"\n\n")[:-1])
+        return whole
 
     def finish(self) -> bytes:
         """The worker ended its answer in order: what was held. Marks the answer complete.
@@ -127,7 +129,7 @@ class Passthrough:
         if self.streaming:
             if self._rest.strip():
                 raise BackendFailed("the answer ended in the middle of an event")
-            if self._replayed < len(self._delivered) and self.way is Way.REPLAY:
+            if self.way is Way.REPLAY and self._replayed < len(self._delivered.payloads):
                 raise ReplayDiverged("the replayed answer is shorter than what was delivered")
             self.complete = True
             return b""
@@ -142,48 +144,24 @@ class Passthrough:
         """The error for an answer that nobody can continue."""
         return StreamInterrupted(
             f"the answer broke off and cannot be continued: {reason}",
-            text=self._text or "",
-            tokens=self._tokens,
+            text=self._delivered.text or "",
+            tokens=self._delivered.tokens,
         )
 
     def _keep(self, whole: bytes) -> None:
         """Remember what is delivered. Raises BackendFailed for the server's own error event instead."""
-        payloads = list(_payloads(whole))
-        for payload in payloads:
-            if b'"error"' in payload and _json(payload).get("error"):
-                raise BackendFailed("the model server failed in mid-answer")
-        self._size += len(whole)
-        self._delivered += payloads
-        if self._text is not None:
-            for payload in payloads:
-                self._follow(payload)
-
-    def _follow(self, payload: bytes) -> None:
-        """Follow the text of a chat, as long as it is nothing but text."""
-        if self._text is None or payload == b"[DONE]":
-            return
-        event = _json(payload)
-        if not self._first:
-            self._first = {key: event[key] for key in ("id", "created") if key in event}
-        for choice in event.get("choices") or []:
-            delta = choice.get("delta") or {}
-            other = any(value for key, value in delta.items() if key not in ("role", "content"))
-            if other or choice.get("index", 0) != 0 or choice.get("finish_reason") or choice.get("logprobs"):
-                self._text = None
-                return
-            if delta.get("content"):
-                self._text += delta["content"]
-                self._tokens += 1
-                self._counted &= str(delta["content"]).isascii()
+        if b'"error"' in whole and any(decoded(payload).get("error") for payload in payloads_of(whole)):
+            raise BackendFailed("the model server failed in mid-answer")
+        self._delivered.add(whole)
 
     def _fitted(self, event: bytes) -> bytes:
         """An event of a later worker as the caller is to see it; empty where it was delivered before."""
-        payload = next(_payloads(event + b"\n\n"), None)
+        payload = next(payloads_of(event), None)
         if payload is None:
             return event + b"\n\n"  # a comment
         if self.way is Way.PREFILL:
             return self._fit_prefilled(payload)
-        if self._replayed < len(self._delivered):
+        if self._replayed < len(self._delivered.payloads):
             self._compare(payload)
             return b""
         for new, old in self._renamed.items():
@@ -195,11 +173,11 @@ class Passthrough:
 
     def _compare(self, payload: bytes) -> None:
         """A replayed event against the one that was delivered in its place; learns which id is which."""
-        before = self._delivered[self._replayed]
+        before = self._delivered.payloads[self._replayed]
         self._replayed += 1
         if payload == before:
             return
-        old, new = _json(before), _json(payload)
+        old, new = decoded(before), decoded(payload)
         if not self._alike(old, new):
             raise ReplayDiverged("the replayed answer differs from what was delivered")
 
@@ -223,13 +201,14 @@ class Passthrough:
     def _within_limits(self) -> bool:
         """Whether a limit of tokens can be kept exactly, and is not reached yet."""
         limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
-        return all(limit < 0 or (self._counted and self._tokens < limit) for limit in limits)
+        tokens, exact = self._delivered.tokens, self._delivered.ascii and not self._holds_back
+        return all(limit < 0 or (exact and tokens < limit) for limit in limits)
 
     def _fit_prefilled(self, payload: bytes) -> bytes:
         if payload == b"[DONE]":
             whole = b"data: [DONE]\n\n"
         else:
-            event = {**_json(payload), **self._first}
+            event = {**decoded(payload), **self._delivered.first}
             usage = event.get("usage")
             if isinstance(usage, dict) and isinstance(usage.get("completion_tokens"), int):
                 usage["completion_tokens"] += self._resent
@@ -241,19 +220,3 @@ class Passthrough:
             whole = b"data: " + orjson.dumps(event) + b"\n\n"
         self._keep(whole)
         return whole
-
-
-def _payloads(events: bytes) -> Iterator[bytes]:
-    """The `data:` of each event."""
-    for event in events.split(b"\n\n"):
-        for line in event.split(b"\n"):
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
-
-
-def _json(payload: bytes) -> dict[str, Any]:
-    try:
-        value = orjson.loads(payload)
-    except orjson.JSONDecodeError:
-        return {}
-    return value if isinstance(value, dict) else {}
