@@ -4,6 +4,7 @@ Try it on `qmesh-node cluster up --kill-every 3`.
 """
 
 import asyncio
+import contextlib
 import sys
 
 from client_sdk import MeshClient, RouteEvent
@@ -33,4 +34,5 @@ async def main(join: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(sys.argv[1]))
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(main(sys.argv[1]))

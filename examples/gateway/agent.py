@@ -2,7 +2,7 @@
 
     python examples/gateway/agent.py [QUESTION]
 
-Use a model that was trained to call tools (`QMESH_MODEL`); the demo model answers without.
+Use a model that was trained to call tools (`GATEWAY_MODEL`); the demo model answers without.
 """
 
 import json
@@ -17,8 +17,8 @@ from openai import OpenAI
 MOST_TURNS = 8
 
 client = OpenAI(
-    base_url=os.environ.get("QMESH_URL", "http://127.0.0.1:9471") + "/v1",
-    api_key=os.environ.get("QMESH_KEY", "none"),
+    base_url=os.environ.get("GATEWAY_URL", "http://127.0.0.1:9471") + "/v1",
+    api_key=os.environ.get("GATEWAY_KEY", "none"),
 )
 
 
@@ -66,7 +66,7 @@ def answer(question: str) -> str:
     ]
     for _ in range(MOST_TURNS):
         reply = client.chat.completions.create(
-            model=os.environ.get("QMESH_MODEL", "default"), messages=messages, tools=tools, max_tokens=500
+            model=os.environ.get("GATEWAY_MODEL", "default"), messages=messages, tools=tools, max_tokens=500
         )
         message = reply.choices[0].message
         if not message.tool_calls:

@@ -7,8 +7,8 @@ from anthropic import Anthropic
 from anthropic.types import MessageParam
 
 client = Anthropic(
-    base_url=os.environ.get("QMESH_URL", "http://127.0.0.1:9471"),
-    api_key=os.environ.get("QMESH_KEY", "none"),
+    base_url=os.environ.get("GATEWAY_URL", "http://127.0.0.1:9471"),
+    api_key=os.environ.get("GATEWAY_KEY", "none"),
 )
 question = " ".join(sys.argv[1:]) or "Tell me a story about a fox."
 messages: list[MessageParam] = [{"role": "user", "content": question}]

@@ -7,8 +7,8 @@ from langchain_openai import ChatOpenAI
 from pydantic import SecretStr
 
 model = ChatOpenAI(
-    base_url=os.environ.get("QMESH_URL", "http://127.0.0.1:9471") + "/v1",
-    api_key=SecretStr(os.environ.get("QMESH_KEY", "none")),
+    base_url=os.environ.get("GATEWAY_URL", "http://127.0.0.1:9471") + "/v1",
+    api_key=SecretStr(os.environ.get("GATEWAY_KEY", "none")),
     model="default",
     max_completion_tokens=200,
 )

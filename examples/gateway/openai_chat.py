@@ -6,8 +6,8 @@ import sys
 from openai import OpenAI
 
 client = OpenAI(
-    base_url=os.environ.get("QMESH_URL", "http://127.0.0.1:9471") + "/v1",
-    api_key=os.environ.get("QMESH_KEY", "none"),
+    base_url=os.environ.get("GATEWAY_URL", "http://127.0.0.1:9471") + "/v1",
+    api_key=os.environ.get("GATEWAY_KEY", "none"),
 )
 question = " ".join(sys.argv[1:]) or "Tell me a story about a fox."
 

@@ -1,8 +1,8 @@
 #!/bin/sh
 # The gateway with curl: sh examples/gateway/requests.sh
 set -eu
-url=${QMESH_URL:-http://127.0.0.1:9471}
-key=${QMESH_KEY:-none}
+url=${GATEWAY_URL:-http://127.0.0.1:9471}
+key=${GATEWAY_KEY:-none}
 
 ask() {
   printf '\n== %s\n' "$1"

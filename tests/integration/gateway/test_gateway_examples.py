@@ -30,7 +30,7 @@ def test_examples(url: str, command: list[str], expected: str) -> None:
     done = subprocess.run(
         command,
         cwd=EXAMPLES,
-        env={**os.environ, "QMESH_URL": url},
+        env={**os.environ, "GATEWAY_URL": url},
         capture_output=True,
         text=True,
         timeout=seconds(60),
