@@ -6,19 +6,22 @@ asks for a million), QMESH_FUZZ_SEED repeats a run.
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import random
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import count
 from typing import Any
+from unittest.mock import AsyncMock
 
 import msgpack
 import pytest
 
 from mesh.connection import ConnectionState
-from mesh.errors import ProtocolError
+from mesh.errors import FrameTooLarge, ProtocolError
 from mesh.events import Failed
 from mesh.frames import (
     Credit,
@@ -36,13 +39,26 @@ from mesh.frames import (
     encode,
     prefix_length,
 )
-from mesh.handshake import Initiator, Responder, open_whois_reply, take_message
+from mesh.handshake import (
+    WHOIS_REQUEST,
+    Initiator,
+    Responder,
+    announce_invitation,
+    open_whois_reply,
+    take_message,
+)
+from mesh.join import issue
 from mesh.limits import MAX_CREDIT, MAX_PLAINTEXT, MAX_STREAMS
+from mesh.network import Network
 from mesh.noise import CipherState, Handshake
+from mesh.transport import serve
+from tests.support import seconds
 from tests.wire_support import ALICE, BOB, OPEN, PRIVATE, no_load
 
 INPUTS = int(os.environ.get("QMESH_FUZZ_ROUNDS", "3000"))
 SEED = int(os.environ.get("QMESH_FUZZ_SEED", "0")) or random.SystemRandom().getrandbits(32)
+INVITATION_ID = bytes(range(8))
+GUESTS = issue(PRIVATE, BOB.id, (), 0, INVITATION_ID).door
 INTERESTING = (0, 1, 7, 8, 9, 127, 128, 255, 256, 65_535, 65_536, 1 << 20, MAX_CREDIT, (1 << 31) - 1, 1 << 31)
 
 
@@ -191,7 +207,7 @@ def test_a_connection_survives_every_message(rng: random.Random) -> None:
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("network", [OPEN, PRIVATE], ids=["open", "private"])
+@pytest.mark.parametrize("network", [OPEN, PRIVATE, GUESTS], ids=["open", "private", "guests"])
 def test_a_responder_refuses_mutated_handshakes(rng: random.Random, network: Any) -> None:
     caller = Initiator(ALICE, network, BOB.id, ephemeral=bytes([6]) * 32, user_agent="fuzz")
     genuine = caller.message_1(0)
@@ -243,3 +259,58 @@ def test_answers_to_the_question_for_the_id(rng: random.Random) -> None:
         for network in (OPEN, PRIVATE):
             with suppress(ProtocolError):
                 assert len(open_whois_reply(network, answer)) == 32
+
+
+def opened(data: bytes, firsts: Mapping[Network, bytes]) -> tuple[bool, bool]:
+    """Whether a node of PRIVATE tells its id to whoever sends this, and whether it answers a message 1."""
+    buffer, asked, network = bytearray(data), False, PRIVATE
+    with suppress(FrameTooLarge):
+        for number in count():
+            message = take_message(buffer)
+            if message is None:
+                break
+            if number or len(message) not in {0, 8}:
+                return asked, prefix_length(message) == firsts.get(network)
+            asked = not message
+            if message:
+                network = GUESTS if message == INVITATION_ID else Network("nobody's")
+    return asked, False
+
+
+async def test_whatever_strangers_open_with(rng: random.Random) -> None:
+    """Questions, invitations and messages 1 in any order, over sockets: message 2 comes only for a message 1
+    with the key of the network, or of the invitation that was named at first.
+    """
+    unreached = AsyncMock(side_effect=AssertionError("a stranger opened a stream"))
+    listener = await serve(
+        "127.0.0.1", 0, identity=BOB, network=PRIVATE, on_stream=unreached,
+        invited=lambda one: one == INVITATION_ID,
+    )  # fmt: skip
+    firsts = {
+        network: Initiator(ALICE, network, BOB.id, ephemeral=bytes([6]) * 32, user_agent="fuzz").message_1(0)
+        for network in (PRIVATE, GUESTS, OPEN)
+    }
+    genuine = (WHOIS_REQUEST, announce_invitation(INVITATION_ID), *firsts.values())
+    seen = set()
+    try:
+        for _ in range(min(INPUTS // 15, 5000)):  # each takes a port for a minute
+            invented = (
+                announce_invitation(rng.randbytes(8)),
+                prefix_length(rng.randbytes(rng.randint(1, 200))),
+                mutated(rng, rng.choice(genuine)),
+            )
+            sent = b"".join(rng.choice((*genuine, *invented)) for _ in range(rng.randint(1, 3)))
+            reader, writer = await asyncio.open_connection(*listener.address)
+            writer.write(sent)
+            writer.write_eof()
+            async with asyncio.timeout(seconds(10)):
+                answer = await reader.read()
+            writer.close()
+            asked = answer[:2] == b"\x00\x48"
+            welcome = len(answer) > asked * (2 + 72)
+            assert (asked, welcome) == opened(sent, firsts), sent.hex()
+            seen.add((asked, welcome))
+    finally:
+        await listener.close()
+    assert len(seen) == 4, "the inputs reach every kind of answer"
+    unreached.assert_not_called()
