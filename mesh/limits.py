@@ -50,7 +50,7 @@ MAX_SID: Final = (1 << 31) - 1
 MAX_PENDING_PONGS: Final = 16
 """Answers owed to a peer that sends PINGs and does not read; older ones are dropped."""
 MAX_BODY: Final = 32 << 20
-"""A request body that came in DATA, held by the worker until it is complete."""
+"""A request body, held by the worker until its answer ends."""
 CREDIT_DEADLINE: Final = 30.0
 """A stream without credit for this long is reset and its generation cancelled."""
 WRITE_HIGH_WATER: Final = 256 << 10

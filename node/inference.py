@@ -22,9 +22,10 @@ from mesh.errors import (
     ShuttingDown,
 )
 from mesh.identity import NodeId
-from mesh.limits import MAX_BODY, SEND_BUFFER
+from mesh.limits import SEND_BUFFER
 from mesh.tasks import TaskOwner
 from mesh.transport import Stream
+from node.bodies import Bodies
 from node.config import PeerSettings
 from node.gateway.limits import Allowance, Allowances
 from node.served import ServedModel
@@ -66,8 +67,6 @@ BYTES_PER_TOKEN = 4
 """Of a request's body, roughly."""
 MAX_COST = 4096.0
 """The most tokens one request weighs in the queue, whatever it asks for."""
-BODY_PATIENCE = 60.0
-"""Seconds within which a request's body must have come."""
 
 
 class Inference:
@@ -78,6 +77,7 @@ class Inference:
         self._peers = peers
         self._load = load
         self._allowances = Allowances()
+        self._bodies = Bodies(own_id)
         self._settling = TaskOwner()
         self.served = 0
         """Requests answered in whole."""
@@ -91,17 +91,18 @@ class Inference:
         arrived = time.monotonic()
         path, deadline, priority = self._parse(stream, arrived)
         with _noted(stream, model.name, path):
-            body = await _body(stream)
-            request = _decoded(body)
-            cost, streaming = _cost(request), request.get("stream") is True
-            one = Forwarding(stream, model, path, body, deadline, streaming)
-            with self._charged(stream.peer_id, len(body) / BYTES_PER_TOKEN + cost) as used:
-                if path in GENERATING:
-                    slot = model.gate.slot(stream.peer_id, cost=cost, priority=priority, deadline=deadline)
-                    await self._generate(slot, one, used)
-                else:
-                    _check_ready(model)
-                    await self._forward(one, 0.0, used)
+            async with self._bodies.of(stream) as body:
+                cost, streaming = weigh(body)
+                one = Forwarding(stream, model, path, body, deadline, streaming)
+                with self._charged(stream.peer_id, len(body) / BYTES_PER_TOKEN + cost) as used:
+                    if path in GENERATING:
+                        slot = model.gate.slot(
+                            stream.peer_id, cost=cost, priority=priority, deadline=deadline
+                        )
+                        await self._generate(slot, one, used)
+                    else:
+                        _check_ready(model)
+                        await self._forward(one, 0.0, used)
         self.served += 1
 
     @contextmanager
@@ -273,41 +274,22 @@ def wire_error(error: side.SidecarError) -> RemoteError:
             return BackendFailed("the model's server failed")
 
 
-async def _body(stream: Stream) -> bytes:
-    """The request's body as JSON bytes: from `body` of OPEN, or from DATA."""
-    inline = stream.meta.get("body")
-    if inline is not None:
-        if not isinstance(inline, Mapping):
-            raise BadRequest("body must be a map; send JSON bytes as data")
-        try:
-            return orjson.dumps(inline)
-        except TypeError as error:
-            raise BadRequest("body cannot be written as JSON") from error
-    try:
-        async with asyncio.timeout(BODY_PATIENCE):
-            return await stream.read_all(MAX_BODY)
-    except TimeoutError:
-        raise RemoteDeadline(f"the request's body did not come within {BODY_PATIENCE:g} s") from None
+def weigh(body: bytes) -> tuple[float, bool]:
+    """The tokens that a request may take, for its weight in the queue, and whether its answer is streamed.
 
-
-def _decoded(body: bytes) -> Mapping[str, Any]:
-    """The request. Raises BadRequest."""
+    Raises BadRequest for anything but a JSON object.
+    """
     try:
         request = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise BadRequest("the request's body is not JSON") from error
     if not isinstance(request, dict):
         raise BadRequest("the request's body is not a JSON object")
-    return request
-
-
-def _cost(request: Mapping[str, Any]) -> float:
-    """Tokens that the request may take, for its weight in the queue."""
-    for key in ("n_predict", "max_tokens", "max_completion_tokens", "max_output_tokens"):
-        limit = request.get(key)
-        if isinstance(limit, int) and limit > 0:
-            return float(min(limit, MAX_COST))
-    return DEFAULT_COST
+    limits = (
+        request.get(key) for key in ("n_predict", "max_tokens", "max_completion_tokens", "max_output_tokens")
+    )
+    limit = next((limit for limit in limits if isinstance(limit, int) and limit > 0), DEFAULT_COST)
+    return float(min(limit, MAX_COST)), request.get("stream") is True
 
 
 def _left(deadline: float | None) -> float | None:

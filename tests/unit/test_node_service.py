@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -21,20 +21,22 @@ from mesh.errors import (
     RemoteDeadline,
     RemoteError,
     Unauthorized,
-    remote_error,
 )
 from mesh.identity import NodeId
+from mesh.limits import MAX_BODY
 from mesh.transport import Stream
-from node import inference
+from node import bodies
 from node import service as module
+from node.bodies import Bodies
 from node.config import PeerSettings
 from node.gate import Gate
-from node.inference import COUNTING, GENERATING, MAX_COST, Inference
+from node.inference import COUNTING, DEFAULT_COST, GENERATING, MAX_COST, Inference, Used, weigh
 from node.reachability import Reachability
 from node.served import ServedModel
 from node.service import Service
 from tests.support import seconds
 
+CHUNK = 1 << 20
 OWN, PEER = NodeId(b"o" * 32), NodeId(b"p" * 32)
 
 
@@ -48,13 +50,12 @@ class FakeStream:
     peer_id: NodeId = PEER
     trailer: Mapping[str, Any] | None = None
 
-    async def read_all(self, limit: int) -> bytes:
+    async def read(self) -> bytes | None:
         if self.body is None:
             await asyncio.Event().wait()
             raise AssertionError
-        if len(self.body) > limit:
-            raise remote_error(1, "too large")
-        return self.body
+        part, self.body = self.body[:CHUNK], self.body[CHUNK:]
+        return part or None
 
     async def end(self, meta: Mapping[str, Any] | None = None) -> None:
         self.trailer = meta
@@ -189,7 +190,7 @@ async def test_bodies_that_are_no_json_object(served: Served, body: bytes) -> No
 
 
 async def test_a_body_that_never_comes_is_given_up(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inference, "BODY_PATIENCE", 0.01)
+    monkeypatch.setattr(bodies, "PATIENCE", 0.01)
     with pytest.raises(RemoteDeadline, match="body did not come"):
         await served.ask(None)
 
@@ -228,13 +229,65 @@ def test_the_weight_of_a_request_is_bounded(limit: object, other: object) -> Non
         body = orjson.dumps({"n_predict": limit, "max_tokens": other})
     except TypeError:
         return
-    assert 1 <= inference._cost(inference._decoded(body)) <= MAX_COST
+    assert 1 <= weigh(body)[0] <= MAX_COST
 
 
 def test_the_weight_is_the_limit_of_tokens() -> None:
-    assert inference._cost(inference._decoded(b'{"max_tokens": 7}')) == 7
-    assert inference._cost({}) == inference.DEFAULT_COST
-    assert inference._cost(inference._decoded(b'{"n_predict": -1}')) == inference.DEFAULT_COST
+    assert weigh(b'{"max_tokens": 7, "stream": true}') == (7, True)
+    assert weigh(b"{}") == (DEFAULT_COST, False)
+    assert weigh(b'{"n_predict": -1, "stream": 1}') == (DEFAULT_COST, False)
+
+
+# --- bodies
+
+
+@asynccontextmanager
+async def holding(held: Bodies, *streams: FakeStream) -> AsyncIterator[list[bytes]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(held.of(cast("Stream", stream))) for stream in streams]
+
+
+async def test_bodies_arrive_whole_and_are_given_back() -> None:
+    held = Bodies(OWN)
+    data = bytes(range(256)) * 10_000
+    async with holding(held, FakeStream(body=data), FakeStream(meta={"body": {"a": 1}})) as (first, second):
+        assert (first, second) == (data, b'{"a":1}')
+        assert held.held == len(data) + 7
+    assert held.held == 0
+    with pytest.raises(LookupError):
+        async with holding(held, FakeStream(body=data)):
+            raise LookupError
+    assert held.held == 0
+
+
+async def test_a_body_has_a_largest_size() -> None:
+    held = Bodies(OWN)
+    async with holding(held, FakeStream(body=bytes(MAX_BODY))):
+        pass
+    with pytest.raises(BadRequest, match="at most"):
+        async with holding(held, FakeStream(body=bytes(MAX_BODY + 1))):
+            pass
+    assert held.held == 0
+
+
+async def test_what_peers_have_underway_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bodies, "MAX_HELD_PER_PEER", 4 * CHUNK)
+    monkeypatch.setattr(bodies, "MAX_HELD", 6 * CHUNK)
+    held, large = Bodies(OWN), bytes(4 * CHUNK)
+    async with holding(held, FakeStream(body=large)):
+        with pytest.raises(Overloaded, match="this peer") as refused:
+            async with holding(held, FakeStream(body=b"x")):
+                pass
+        assert refused.value.retry_after
+        async with holding(held, FakeStream(body=b"x", peer_id=NodeId(b"q" * 32))):
+            pass
+        with pytest.raises(Overloaded, match="too many large"):
+            async with holding(held, FakeStream(body=large, peer_id=OWN)):
+                pass
+        assert held.held == len(large)
+    async with holding(held, FakeStream(body=bytes(6 * CHUNK), peer_id=OWN)):
+        pass
+    assert held.held == 0
 
 
 async def test_only_the_nodes_own_key_may_go_first(served: Served) -> None:
@@ -324,6 +377,6 @@ async def test_a_peer_has_so_many_tokens_per_minute() -> None:
     ],
 )
 def test_what_a_request_used_is_read_from_its_end(facts: dict[str, Any], tokens: float) -> None:
-    used = inference.Used(99)
+    used = Used(99)
     used.learn(facts)
     assert used.tokens == tokens
