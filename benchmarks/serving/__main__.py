@@ -32,8 +32,8 @@ async def run(parts: list[str], *, quick: bool) -> None:
         finally:
             await cluster.down()
     if "overload" in parts:
-        # With two slots the light peer shares the model's thread with an answer of the heavy one.
-        for count in (1, 2):
+        # With more than one slot the light peer's answers share the model's thread with those of the heavy one.
+        for count in (1, 2, 4):
             await _overload(count, 5 if quick else 30)
 
 
@@ -64,7 +64,7 @@ async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
                     flush=True,
                 )
     if "cache" in parts:
-        count = 2 if quick else 6
+        count = 2 if quick else 12
         ours = await spread.cached(members, conversations=count)
         chance = await spread.cached(members, conversations=count, by_chance=True)
         print(
@@ -73,8 +73,8 @@ async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
     if "hedging" in parts:
         stop, factor = await hedging.calibrated(members[0])
         print(f"\nfirst tokens, one of four workers {factor:.1f} times slower")
-        requests = 600 if quick else 1500
-        for name, change in (("the slow one changes", 100), ("the slow one stays", None)):
+        requests = 400 if quick else 1500
+        for name, change in (("the slow one changes", 50), ("the slow one stays", None)):
             for hedged in (False, True):
                 one = await hedging.run(members, requests, stop, hedged=hedged, change_every=change)
                 print(
