@@ -1,9 +1,35 @@
-"""Files that only their owner may read."""
+"""Files that only their owner may read, and that several commands may change."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
+
+from mesh.errors import ConfigurationError
+
+LOCK_TIMEOUT = 10.0
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Change a file while no other command does. Raises ConfigurationError where its folder cannot be used."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path.with_suffix(".lock"), timeout=LOCK_TIMEOUT)
+        lock.acquire()
+    except OSError as error:
+        raise ConfigurationError(
+            f"{path} cannot be changed: {error.strerror or 'another command holds it'}",
+            "Check the folder's permissions, or choose another with --data-dir.",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_private(path: Path, text: str) -> None:

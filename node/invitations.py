@@ -8,22 +8,17 @@ comes, so a change holds at once. Where the file is lost, all of its invitations
 from __future__ import annotations
 
 import json
-import logging
 import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from filelock import FileLock
-
 from mesh.errors import ConfigurationError
 from mesh.join import INVITATION_ID_SIZE
-from node.files import write_private
-
-log = logging.getLogger("qmesh.node")
+from mesh.transport.sockets import complain
+from node.files import locked, write_private
 
 INVITATIONS_FILE = "invitations.json"
-LOCK_TIMEOUT = 10.0
 
 
 class Invitations:
@@ -52,19 +47,19 @@ class Invitations:
         try:
             return invitation_id.hex() in self.current()
         except ConfigurationError as error:
-            log.warning("no guest is admitted: %s", error)
+            complain("no guest is admitted: %s", error)
             return False
 
     def add(self, expires: int) -> bytes:
         """A new invitation's id, 8 random bytes."""
         invitation_id = secrets.token_bytes(INVITATION_ID_SIZE)
-        with self._locked():
+        with locked(self.path):
             self._write({**self.current(), invitation_id.hex(): expires})
         return invitation_id
 
     def revoke(self, name: str) -> None:
         """Accept this invitation (its id in hex) no more. Raises ConfigurationError also where there is none."""
-        with self._locked():
+        with locked(self.path):
             kept = self.current()
             if kept.pop(name.lower(), None) is None:
                 raise ConfigurationError(
@@ -72,9 +67,6 @@ class Invitations:
                     "See `qmesh-node invite --list`; only the node that made an invitation can revoke it.",
                 )
             self._write(kept)
-
-    def _locked(self) -> FileLock:
-        return FileLock(self.path.with_suffix(".lock"), timeout=LOCK_TIMEOUT)
 
     def _write(self, kept: Mapping[str, int]) -> None:
         try:

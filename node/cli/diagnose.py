@@ -29,15 +29,15 @@ def ping(
     """Reach a node over TCP and UDP: round trips, clock, and why not if not."""
     with reporting(as_json=as_json):
         from mesh.keystore import load_identity
-        from node.cli.entry import configured_mesh, find_peer, settings
+        from node.cli.entry import find_peer, own_network, settings
         from node.diagnose import judge, reach
 
         loaded = settings(data_dir, config, network=network)
         folder = loaded.config.data_dir
 
         async def main() -> Reach:
-            address, mesh = await find_peer(peer, folder), await configured_mesh(loaded)
-            return await reach(address, load_identity(folder), mesh.network)
+            address, mesh = await find_peer(peer, folder), await own_network(loaded)
+            return await reach(address, load_identity(folder), mesh)
 
         found = asyncio.run(main())
         checks = judge(found)

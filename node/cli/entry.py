@@ -67,6 +67,13 @@ async def configured_mesh(loaded: Loaded) -> Membership:
     return await resolve(config.data_dir, join=config.join, network=network)
 
 
+async def own_network(loaded: Loaded) -> Network:
+    """The mesh that was asked for, else that of the node that runs here. Raises as `configured_mesh` does."""
+    asked = _asked(loaded, "join") or _asked(loaded, "network")
+    facts = None if asked else running_node(loaded.config.data_dir)
+    return (await configured_mesh(loaded)).network if facts is None else local_network(facts)
+
+
 async def mesh_client(loaded: Loaded) -> MeshClient:
     """A client of the mesh that the settings lead to. Raises as `configured_mesh` does."""
     return MeshClient(**await way_in(loaded))
@@ -82,8 +89,7 @@ def blocking_client(loaded: Loaded) -> SyncMeshClient:
 async def way_in(loaded: Loaded) -> dict[str, Any]:
     """What was asked for; else the node that runs here; else the nodes that one here would start from."""
     folder = loaded.config.data_dir
-    asked = loaded.explicit("join") and loaded.origin["join"] != str(folder / CONFIG_FILE)
-    facts = None if asked else running_node(folder)
+    facts = None if _asked(loaded, "join") else running_node(folder)
     if facts is not None:
         return {
             "join": f"{facts['worker_id']}@{facts['address']}",
@@ -94,6 +100,11 @@ async def way_in(loaded: Loaded) -> dict[str, Any]:
     if not mesh.addresses:
         local_node(folder)  # says that there is none
     return {"join": mesh.addresses, "network": mesh.network}
+
+
+def _asked(loaded: Loaded, key: str) -> bool:
+    """Whether a setting is meant for this command. Those in the folder's own file are the node's."""
+    return loaded.explicit(key) and loaded.origin[key] != str(loaded.config.data_dir / CONFIG_FILE)
 
 
 async def find_peer(peer: str, folder: Path) -> Address:

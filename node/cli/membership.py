@@ -69,21 +69,23 @@ def invite(
             data({"token": token, **known, "id": invitation_id.hex() or None})
             return
         text(token)
-        if qr and not quiet:
-            import sys
-
-            import segno
-
-            segno.make(token.upper()).terminal(out=sys.stderr, compact=True)
-        kind = "private mesh; whoever has the token can enter it" if network.private else "open mesh"
-        progress(f"for {network.name} ({kind}), usable for {hours:g} hours", quiet=quiet)
+        if quiet:
+            return
+        if qr:
+            _show_code(token)
+        progress(f"for {network.name} ({'private' if network.private else 'open'}), good for {hours:g} hours")
         if network.private:
-            progress(
-                "keep this node running until they have joined; "
-                f"if the token leaks: qmesh-node invite --revoke {invitation_id.hex()}",
-                quiet=quiet,
-            )
-        progress("on the other machine: qmesh-node join TOKEN && qmesh-node run", quiet=quiet)
+            progress("whoever has it can enter, as long as this node runs; if it gets into the wrong hands:")
+            progress(f"  qmesh-node invite --revoke {invitation_id.hex()}")
+        progress("on the other machine: qmesh-node join TOKEN && qmesh-node run")
+
+
+def _show_code(token: str) -> None:
+    import sys
+
+    import segno
+
+    segno.make(token.upper()).terminal(out=sys.stderr, compact=True)
 
 
 def _invitation_of(text: str) -> str:

@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import secrets
 import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from filelock import FileLock
-
 from mesh.errors import ConfigurationError
+from node.files import locked, write_private
 
 log = logging.getLogger("qmesh.gateway")
 
@@ -80,7 +78,7 @@ class KeyFile:
                 f"{name!r} is no name for a key", f"Take 1 to {MAX_NAME} printable characters."
             )
         secret = PREFIX + secrets.token_urlsafe(32)
-        with self._locked():
+        with locked(self.path):
             keys = self.read()
             if any(key.name == name for key in keys):
                 raise ConfigurationError(
@@ -99,7 +97,7 @@ class KeyFile:
 
     def revoke(self, name_or_id: str) -> ApiKey:
         """Remove a key for good."""
-        with self._locked():
+        with locked(self.path):
             keys = self.read()
             gone = next((key for key in keys if name_or_id in (key.id, key.name)), None)
             if gone is None:
@@ -107,23 +105,10 @@ class KeyFile:
             self._write(key for key in keys if key is not gone)
         return gone
 
-    def _locked(self) -> FileLock:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigurationError(
-                f"{self.path.parent} cannot be made: {error.strerror}", "Choose another with --data-dir."
-            ) from error
-        return FileLock(self.path.with_suffix(".lock"), timeout=10)
-
     def _write(self, keys: Iterable[ApiKey]) -> None:
-        fresh = self.path.with_suffix(".new")
         text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1)
         try:
-            handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            fresh.replace(self.path)
+            write_private(self.path, text)
         except OSError as error:
             raise ConfigurationError(
                 f"{self.path} cannot be written: {error.strerror}", "Check the folder's permissions."

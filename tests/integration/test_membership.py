@@ -131,6 +131,9 @@ async def test_a_leaked_token_is_worth_nothing_once_it_is_revoked_or_over(tmp_pa
             assert code == 2
             assert "does not accept it" in told
             assert "ask for a new one" in told
+        code, printed, _ = await run("doctor", "--join", leaked["token"], folder=late)
+        assert code == 8
+        assert "does not accept it" in checks(printed)["mesh"]["finding"]
         assert not (late / "mesh.json").exists()
         assert not (late / "joined").exists()
         ticket = decode_token(leaked["token"]).ticket

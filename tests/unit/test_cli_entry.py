@@ -11,7 +11,7 @@ import pytest
 from mesh.errors import ConfigurationError
 from mesh.identity import Identity
 from mesh.network import Network
-from node.cli.entry import folder_of, settings, way_in
+from node.cli.entry import folder_of, own_network, settings, way_in
 from node.config import CONFIG_FILE
 from node.folder import RUNTIME_FILE
 from node.membership import Membership, keep
@@ -63,6 +63,8 @@ async def test_the_node_that_runs_here_goes_before_what_it_starts_from(tmp_path:
     here = await way_in(settings(None))
     assert (here["join"], here["network"]) == (f"{worker_id}@{HERE}", KITCHEN)
     assert isinstance(here["identity"], Identity)
+    assert await own_network(settings(None)) == KITCHEN
+    assert await own_network(settings(None, network="flag")) == Network("flag")
     (tmp_path / RUNTIME_FILE).unlink()
     assert await way_in(settings(None)) == {"join": (SEED, OTHER), "network": KITCHEN}
     (tmp_path / CONFIG_FILE).unlink()

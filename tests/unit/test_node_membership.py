@@ -117,6 +117,10 @@ def test_invitations_are_good_until_they_end_or_are_revoked(tmp_path: Path) -> N
     for name in (first.hex(), over.hex(), "", "x"):
         with pytest.raises(ConfigurationError, match="--list"):
             invitations.revoke(name)
+    with pytest.raises(ConfigurationError, match="--list"):
+        Invitations(tmp_path / "nowhere").revoke(first.hex())
+    with pytest.raises(ConfigurationError, match="cannot be changed"):
+        Invitations(tmp_path / INVITATIONS_FILE).add(now)
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": "b"}', "\x00"])
