@@ -37,6 +37,7 @@ KEY_SIZE: Final = 20
 DIGEST_SIZE: Final = 16
 MAX_DEPTH: Final = 16
 """Prefix bits of the deepest shard: 65,536 shards of a model."""
+CATALOGUE_SHARDS: Final = 16
 _VERSION: Final = 1
 _SIGNATURE_DOMAIN: Final = b"qmesh/record/1"
 """Keeps a signature over a record from passing for one over anything else."""
@@ -108,9 +109,15 @@ def model_key(network: Network, model: str, depth: int = 0, prefix: bytes = b"")
     return _key(network, b"qmesh/1/model" + network.name.encode() + model.encode() + bytes([depth]) + prefix)
 
 
-def catalogue_key(network: Network) -> bytes:
-    """Where the names of the mesh's models are found."""
-    return _key(network, b"qmesh/1/catalogue" + network.name.encode())
+def catalogue_key(network: Network, shard: int | None = None) -> bytes:
+    """Where the names of the mesh's models are found: all of few, or the shard of many (`catalogue_shard`)."""
+    tail = b"" if shard is None else bytes([shard])
+    return _key(network, b"qmesh/1/catalogue" + network.name.encode() + tail)
+
+
+def catalogue_shard(model: str) -> int:
+    """Which of the catalogue's shards a model is listed in: the first 4 bits of BLAKE2b-8(its name)."""
+    return hashlib.blake2b(model.encode(), digest_size=1).digest()[0] >> 4
 
 
 def _key(network: Network, data: bytes) -> bytes:
@@ -154,19 +161,26 @@ def open_record(blob: bytes, network: Network, key: bytes, now: float) -> Worker
 
 
 def sign_catalogue(
-    listing: Iterable[tuple[str, int]], seq: int, expires: int, identity: Identity, network: Network
+    listing: Iterable[tuple[str, int]],
+    seq: int,
+    expires: int,
+    identity: Identity,
+    network: Network,
+    shard: int | None = None,
 ) -> bytes:
-    """The catalogue record that lists (model name, workers that it is thought to have).
+    """The catalogue record that lists (model name, workers that it is thought to have), of one shard or none.
 
     Raises ConfigurationError where they do not fit.
     """
     body = [[name, workers] for name, workers in listing]
-    return _sign(identity, network, catalogue_key(network), (identity.id, seq, expires), body)
+    return _sign(identity, network, catalogue_key(network, shard), (identity.id, seq, expires), body)
 
 
-def open_catalogue(blob: bytes, network: Network, now: float) -> tuple[NodeId, int, Listing]:
+def open_catalogue(
+    blob: bytes, network: Network, now: float, shard: int | None = None
+) -> tuple[NodeId, int, Listing]:
     """(node id, seq, listing) of a verified catalogue record. Raises as `open_record`."""
-    envelope = open_envelope(blob, catalogue_key(network), now)
+    envelope = open_envelope(blob, catalogue_key(network, shard), now)
     body = _open_body(envelope, network)
     if not isinstance(body, list) or not all(isinstance(item, list) and len(item) >= 2 for item in body):
         raise MalformedMessage("a catalogue is a list of names with numbers")

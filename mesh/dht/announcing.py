@@ -70,8 +70,7 @@ class Announcing:
 
     def own(self, key: bytes) -> Iterable[bytes]:
         """Our own records under a key."""
-        if key == self._catalogue.key and self._catalogue.blob is not None:
-            yield self._catalogue.blob
+        yield from self._catalogue.own(key)
         for announced in self._own.values():
             if key in announced.shown:
                 yield announced.shown[key].blob

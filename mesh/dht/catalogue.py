@@ -2,16 +2,18 @@
 
 A key holds 64 records, so not every node can list: each model is to have a few listings, the fewer the
 fuller the key. Who lists a model goes on unless enough nodes of lower ids do; who does not looks now and
-then, the more rarely the more workers there are to look, and steps in where listings are missing.
+then, the more rarely the more workers there are to look, and steps in where listings are missing. While
+that key is crowded, models are listed in the same way in one of 16 shards too, by the hash of their name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 
 from mesh.dht.environment import Environment
 from mesh.dht.limits import (
+    CATALOGUE_CROWDED,
     CATALOGUE_INTERVAL,
     CATALOGUE_LOOKS,
     MAX_CATALOGUE_INTERVAL,
@@ -22,9 +24,7 @@ from mesh.errors import ConfigurationError
 from mesh.identity import Identity
 from mesh.limits import MAX_RECORDS_PER_KEY, RECORD_TTL
 from mesh.network import Network
-from mesh.records import catalogue_key, sign_catalogue
-
-_CROWDED = 56
+from mesh.records import CATALOGUE_SHARDS, catalogue_key, catalogue_shard, sign_catalogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,45 @@ class Catalogue:
         network: Network,
         environment: Environment,
     ) -> None:
-        self.key = catalogue_key(network)
+        def page(shard: int | None) -> _Page:
+            return _Page(shard, publish, lookups, identity, network, environment)
+
+        self._main = page(None)
+        self._shards = [page(shard) for shard in range(CATALOGUE_SHARDS)]
+
+    def own(self, key: bytes) -> Iterable[bytes]:
+        """Our own record under a key."""
+        return [page.blob for page in (self._main, *self._shards) if page.key == key and page.blob]
+
+    async def update(self, models: dict[str, int]) -> None:
+        """List `models` (name → workers on the mesh) where that is needed, if they changed or it is time."""
+        await self._main.update(models)
+        for shard, page in enumerate(self._shards):
+            await page.update(
+                {name: workers for name, workers in models.items() if catalogue_shard(name) == shard}
+                if self._main.crowded
+                else {}
+            )
+
+
+class _Page:
+    """Our record under one of the catalogue's keys."""
+
+    def __init__(
+        self,
+        shard: int | None,
+        publish: Publish,
+        lookups: Lookups,
+        identity: Identity,
+        network: Network,
+        environment: Environment,
+    ) -> None:
+        self.key = catalogue_key(network, shard)
         self.blob: bytes | None = None
         """What we listed last."""
+        self.crowded = False
+        """Whether there was little room when we looked last."""
+        self._shard = shard
         self._publish = publish
         self._lookups = lookups
         self._identity = identity
@@ -64,7 +100,7 @@ class Catalogue:
         self._seq = 0
 
     async def update(self, models: dict[str, int]) -> None:
-        """List `models` (name → workers on the mesh) where that is needed, if they changed or it is time."""
+        """See `Catalogue.update`."""
         now = self._environment.clock()
         new, self._names = models.keys() - self._names, frozenset(models)
         if self._listed - self._names:
@@ -78,13 +114,15 @@ class Catalogue:
         self._due = now + self._pause * rng.uniform(0.85, 1.15)
         if not mine:
             return
-        listings = {node_id: dict(listing) for node_id, listing in (await self._lookups.listings()).items()}
+        found = await self._lookups.listings(self._shard)
+        listings = {node_id: dict(listing) for node_id, listing in found.items()}
+        self.crowded = len(listings) >= CATALOGUE_CROWDED
         needed = self._needed(mine, listings)
         if needed or self._listed:
             await self._list({name: models[name] for name in needed if name in self._names})
         # There is no use in looking often at a key that has no room.
-        crowded = len(listings) >= _CROWDED and not self._listed
-        self._pause = min(2 * self._pause, MAX_CATALOGUE_INTERVAL) if crowded else CATALOGUE_INTERVAL
+        useless = self.crowded and not self._listed
+        self._pause = min(2 * self._pause, MAX_CATALOGUE_INTERVAL) if useless else CATALOGUE_INTERVAL
 
     def _needed(self, names: list[str], listings: dict[bytes, dict[str, int]]) -> list[str]:
         """The models that lack listings without ours."""
@@ -114,7 +152,7 @@ class Catalogue:
         expires = int(now + (RECORD_TTL if listing else WITHDRAWN_LIFETIME))
         while True:
             try:
-                return sign_catalogue(listing, self._seq, expires, self._identity, self._network)
+                return sign_catalogue(listing, self._seq, expires, self._identity, self._network, self._shard)
             except ConfigurationError:
                 # More names than fit: some now, others another time.
                 listing = listing[:-1]

@@ -26,6 +26,13 @@ MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0
 MAX_CATALOGUE_INTERVAL: Final = 3600.0
+CATALOGUE_GROWN: Final = 32
+CATALOGUE_CROWDED: Final = 48
+"""From so many listings on readers look into the shards of the catalogue too, and models are listed there."""
+CATALOGUE_FRESH: Final = 30.0
+MAX_MODELS_SIZE: Final = 60 << 10
+MODEL_SIZE: Final = 32
+"""An answer about models: in all, and for each model besides its name, so that there are not too many either."""
 CATALOGUE_LOOKS: Final = 8
 """About how many of a model's workers look in each interval whether it needs more listings."""
 WITHDRAWN_LIFETIME: Final = 60.0

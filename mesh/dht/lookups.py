@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
@@ -20,6 +21,7 @@ from mesh.dht.shards import SPLIT_AT, flagged_depth
 from mesh.limits import MAX_RECORDS_PER_KEY
 from mesh.network import Network
 from mesh.records import (
+    CATALOGUE_SHARDS,
     Listing,
     SignedRecord,
     catalogue_key,
@@ -59,6 +61,9 @@ class Lookups:
         self._wall = environment.wall
         self._rng = environment.rng
         self._hints: dict[str, _Hint] = {}
+        self._sharded: list[Listing] = []
+        self._shards_until = -math.inf
+        self._reading_shards = asyncio.Lock()
 
     async def lookup(self, model: str, want: int) -> list[SignedRecord]:
         """See `Dht.lookup`."""
@@ -76,25 +81,38 @@ class Lookups:
 
     async def models(self) -> dict[str, int]:
         """See `Dht.models`."""
+        listings = list((await self.listings()).values())
+        if len(listings) >= limits.CATALOGUE_GROWN:
+            listings += await self._sharded_listings()
         estimates: dict[str, list[int]] = {}
-        for listing in (await self.listings()).values():
+        for listing in listings:
             for name, workers in dict(listing).items():
                 estimates.setdefault(name, []).append(workers)
         # Where only some workers list a model, they know better how many there are.
-        return {name: max(len(sizes), round(median(sizes))) for name, sizes in sorted(estimates.items())}
+        counts = {name: max(len(sizes), round(median(sizes))) for name, sizes in estimates.items()}
+        return within_one_answer(counts)
 
-    async def listings(self) -> dict[bytes, Listing]:
-        """The catalogue: what each node lists."""
+    async def listings(self, shard: int | None = None) -> dict[bytes, Listing]:
+        """The catalogue, or a shard of it: what each node lists."""
 
         def open_blob(blob: bytes) -> tuple[bytes, int, tuple[bytes, Listing]]:
-            node_id, seq, listing = open_catalogue(blob, self._network, self._wall())
+            node_id, seq, listing = open_catalogue(blob, self._network, self._wall(), shard)
             return node_id, seq, (node_id, listing)
 
         everything = MAX_RECORDS_PER_KEY + 1
         gathering = Gathering(open_blob, lambda found: bool(found[1]), everything, self._rng.randbytes(8))
         until = self._clock() + limits.LOOKUP_DEADLINE
-        await self._gather(catalogue_key(self._network), gathering, until)
+        await self._gather(catalogue_key(self._network, shard), gathering, until)
         return dict(gathering.values())
+
+    async def _sharded_listings(self) -> list[Listing]:
+        """What the shards of a large catalogue list. A thousand requests or so: kept for a while."""
+        async with self._reading_shards:
+            if self._clock() >= self._shards_until:
+                shards = await asyncio.gather(*map(self.listings, range(CATALOGUE_SHARDS)))
+                self._sharded = [listing for listings in shards for listing in listings.values()]
+                self._shards_until = self._clock() + limits.CATALOGUE_FRESH
+            return self._sharded
 
     async def walk(
         self, model: str, point: bytes, want: int, until: float
@@ -224,6 +242,18 @@ class Lookups:
             self._hints[model] = _Hint(depth, deepest)
             if len(self._hints) > limits.MAX_DEPTH_HINTS:
                 del self._hints[next(iter(self._hints))]
+
+
+def within_one_answer(counts: dict[str, int]) -> dict[str, int]:
+    """The models with the most workers, as many as one message of the wire holds, sorted by name."""
+    room = limits.MAX_MODELS_SIZE
+    kept = []
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        room -= len(name.encode()) + limits.MODEL_SIZE
+        if room < 0:
+            break
+        kept.append(name)
+    return {name: counts[name] for name in sorted(kept)}
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import os
 import random
 
 from mesh.dht import limits
-from tests.sim.scenarios import hostile
+from tests.sim.hostile import hostile
 from tests.sim.world import World
 
 INPUTS = int(os.environ.get("QMESH_FUZZ_ROUNDS", "20000"))

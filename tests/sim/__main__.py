@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from mesh import records
-from tests.sim import scenarios
+from tests.sim import hostile, popular, scenarios
 from tests.sim.world import World
 
 Scenario = Callable[[World, int], Awaitable[dict[str, Any]]]
@@ -26,9 +26,10 @@ Scenario = Callable[[World, int], Awaitable[dict[str, Any]]]
 SCENARIOS: dict[str, tuple[Scenario, int]] = {
     "routing": (lambda w, n: scenarios.routing(w, n, lookups=1000), 10_000),
     "churn": (lambda w, n: scenarios.churn(w, n, minutes=3, announcing=1 if n < 5000 else 0.25), 10_000),
-    "liars": (lambda w, n: scenarios.liars(w, n, lookups=500), 10_000),
-    "popular": (lambda w, n: scenarios.popular(w, n, workers=40 * n, samples=2000, settle=420), 500),
-    "hostile": (lambda w, n: scenarios.hostile(w, n, datagrams=1_000_000), 12),
+    "liars": (lambda w, n: hostile.liars(w, n, lookups=500), 10_000),
+    "popular": (lambda w, n: popular.popular(w, n, workers=40 * n, samples=2000, settle=420), 500),
+    "catalogue": (lambda w, n: popular.catalogue(w, n, settle=300, readers=10), 300),
+    "hostile": (lambda w, n: hostile.hostile(w, n, datagrams=1_000_000), 12),
     "halves": (scenarios.halves, 500),
     "bootstrap": (scenarios.bootstrap_lost, 500),
     "partition": (scenarios.partition, 200),

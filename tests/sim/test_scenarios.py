@@ -9,7 +9,7 @@ import pytest
 from mesh.dht.shards import SPLIT_AT
 from mesh.network import Network
 from mesh.records import model_key, open_record, shard_prefix
-from tests.sim import scenarios
+from tests.sim import hostile, popular, scenarios
 from tests.sim.population import Population
 from tests.sim.world import World
 
@@ -32,7 +32,7 @@ def test_lookups_succeed_under_churn_and_loss() -> None:
 
 def test_lookups_succeed_among_liars() -> None:
     world = World(3)
-    result = world.run(scenarios.liars(world, 40, share=0.3, lookups=50))
+    result = world.run(hostile.liars(world, 40, share=0.3, lookups=50))
     assert result["success"] >= 0.98
     assert result["p99_s"] <= 4
 
@@ -54,13 +54,20 @@ def test_the_mesh_heals_after_a_partition() -> None:
 
 def test_a_popular_model_overloads_no_key_and_is_sampled_evenly() -> None:
     world = World(7)
-    result = world.run(scenarios.popular(world, 12, workers=70, samples=150, settle=240))
+    result = world.run(popular.popular(world, 12, workers=70, samples=150, settle=240))
     assert result["success"] == 1
     assert result["fullest_key"] <= 64
     assert result["stores_per_s_and_key_max"] <= 1
     assert result["workers_met"] >= 50
     assert max(result["depths"]) >= 1
     assert result["uniform_p"] >= 0.001
+
+
+def test_the_catalogue_of_many_models_is_complete() -> None:
+    world = World(15)
+    result = world.run(popular.catalogue(world, 80, settle=200, readers=3))
+    assert result["listed_least"] == 80
+    assert result["fullest_key"] <= 64
 
 
 def test_a_newcomer_leaves_nothing_in_the_full_shards_that_it_passes() -> None:
@@ -70,9 +77,9 @@ def test_a_newcomer_leaves_nothing_in_the_full_shards_that_it_passes() -> None:
         population = Population(world)
         await population.grow(12)
         await asyncio.sleep(20)
-        deep: list[scenarios.Hand] = []
+        deep: list[popular.Hand] = []
         while len(deep) < 4:  # those who fill the two shards of depth 1 go on with what they stored there
-            hand = scenarios.Hand(population.rng.choice(population.members), population)
+            hand = popular.Hand(population.rng.choice(population.members), population)
             await hand.announce("hot")
             deep += [hand] * (hand.depth.depth == 2)
         node_id = deep[-1].identity.id

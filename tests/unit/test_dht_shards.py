@@ -7,8 +7,11 @@ from dataclasses import replace
 from mesh.dht.datagrams import Tokens
 from mesh.dht.gather import Gathering
 from mesh.dht.limits import TOKEN_ROTATION
+from mesh.dht.lookups import within_one_answer
 from mesh.dht.shards import MERGE_AT, SETTLE, SPLIT_AT, Depth, depth_flags, flagged_depth, sibling
 from mesh.errors import MalformedMessage
+from mesh.frames import End, encode
+from mesh.limits import MAX_PLAINTEXT
 from mesh.records import MAX_DEPTH, shard_prefix
 from tests.unit.test_records import make_record
 
@@ -56,6 +59,16 @@ def test_siblings_differ_in_the_last_bit() -> None:
         other = sibling(prefix, depth)
         assert int.from_bytes(prefix) ^ int.from_bytes(other) == 1 << (8 * len(prefix) - depth)
         assert sibling(other, depth) == prefix
+
+
+def test_a_flood_of_models_fits_into_one_message_and_the_popular_stay() -> None:
+    long = {f"{number:04}" + "\U0001f999" * 100: 1 for number in range(5000)}
+    for flood in (long, {str(number): 2**32 for number in range(5000)}):
+        kept = within_one_answer(flood | {"popular": 2**32 + 1, "a": 2**32 + 2})
+        assert {"popular", "a"} < kept.keys()
+        assert list(kept) == sorted(kept)
+        assert len(encode(End(1, {"models": kept}))) > MAX_PLAINTEXT / 3
+    assert len(kept) > 1024
 
 
 def make_gathering(want: int = 3) -> Gathering[int]:

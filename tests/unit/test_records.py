@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import msgpack
@@ -12,8 +13,10 @@ from mesh.identity import Identity, dht_id
 from mesh.limits import MAX_RECORD
 from mesh.network import Network
 from mesh.records import (
+    CATALOGUE_SHARDS,
     WorkerRecord,
     catalogue_key,
+    catalogue_shard,
     model_key,
     open_catalogue,
     open_envelope,
@@ -190,3 +193,16 @@ def test_a_catalogue_record_lists_names(network: Network) -> None:
     assert catalogue_key(network) != model_key(network, "a")
     with pytest.raises(ConfigurationError, match="512"):
         sign_catalogue([(f"model-{i}", 1) for i in range(90)], 5, int(NOW) + 60, WORKER, network)
+
+
+@pytest.mark.parametrize("network", [OPEN, PRIVATE], ids=["open", "private"])
+def test_a_catalogue_record_of_one_shard_is_worthless_in_another(network: Network) -> None:
+    blob = sign_catalogue([("a", 1)], 5, int(NOW) + 60, WORKER, network, 15)
+    assert open_catalogue(blob, network, NOW, 15) == (WORKER.id, 5, (("a", 1),))
+    for other in (None, 0, 14):
+        with pytest.raises(AuthenticationError, match="another key"):
+            open_catalogue(blob, network, NOW, other)
+    assert len({catalogue_key(network, shard) for shard in (None, *range(CATALOGUE_SHARDS))}) == 17
+    sizes = Counter(catalogue_shard(f"model-{number}") for number in range(1600))
+    assert sizes.keys() == set(range(CATALOGUE_SHARDS))
+    assert max(sizes.values()) < 150
