@@ -27,8 +27,10 @@ log = logging.getLogger("qmesh.node")
 CRASH_MEMORY = 600.0
 SMOOTHING = 0.2
 SETTLE_POLL = 0.01
-QUIET = 1.05
-"""Seconds of silence after which a server has noticed that nobody waits for a whole answer any more."""
+QUIET = 1.2
+"""Seconds of silence after which a server has noticed that nobody waits for a whole answer any more: llama.cpp
+looks at its connections when no result came, of whichever request, for a second (`HTTP_POLLING_SECONDS`). To ask
+for `/slots` a moment too early costs another one."""
 SETTLE = 30.0
 """Seconds after which a slot is given away although the server still works on a cancelled request."""
 
@@ -159,6 +161,7 @@ class ServedModel:
                     await asyncio.sleep(SETTLE_POLL)
                     await self._look(client)
                 else:
+                    client.quiet_until = max(client.quiet_until, since + QUIET)
                     since = await self._look_quietly(client, since)
             except SidecarError:
                 return

@@ -25,6 +25,10 @@ Object = dict[str, Any]
 class SidecarClient(HttpClient):
     """The API of one server. `stream=True` has a method of its own, `stream_events`, for any endpoint."""
 
+    quiet_until = 0.0
+    """Until then, on the clock of `time.monotonic()`, whoever merely watches the server should leave it alone: it
+    notices that nobody waits for a whole answer any more once nothing has happened on it for a second."""
+
     # ── generating ──────────────────────────────────────────────────────────────────────────────
 
     async def completion(self, body: Mapping[str, Json], *, timeout: float | None = None) -> Object:

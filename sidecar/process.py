@@ -346,6 +346,7 @@ class Supervisor:
         self._events.put_nowait(states.BecameReady())
         while True:
             await asyncio.sleep(self._pause(child))
+            await asyncio.sleep(child.client.quiet_until - time.monotonic())
             event, self.metrics = await examine(child, self.metrics, probing)
             self._events.put_nowait(event)
 

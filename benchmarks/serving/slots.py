@@ -1,13 +1,15 @@
 """How soon a slot is free when its client goes: leaves the loop, cancels, closes, is killed.
 
 Streams are watched through llama.cpp's `/slots`. Of whole answers it only notices that nobody waits for them
-once it was left alone for up to a second, so that looking would postpone what it looks for: there the moment is
-the one in which the process stops computing, and `/slots` is asked once, afterwards.
+once it was left alone for a second, so that looking would postpone what it looks for: there the moment is the one
+in which the process stops computing, and `/slots` is asked once, afterwards. That second begins with whatever
+happened last on the server; so that this is not always the benchmark's own look, clients go at some later moment.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 import signal
 import sys
 import time
@@ -67,7 +69,7 @@ async def _asking(address: str, way: str, slots: Slots, *, streaming: bool) -> A
     """A request that a llama.cpp works on, and the way to leave it."""
     if way == "kill the client":
         async with _process(address, streaming=streaming) as process:
-            await slots.until(1)
+            await _begun(slots, streaming=streaming)
             yield lambda: process.send_signal(signal.SIGKILL)
         return
     async with MeshClient(address) as mesh, AsyncExitStack() as stack:
@@ -80,8 +82,14 @@ async def _asking(address: str, way: str, slots: Slots, *, streaming: bool) -> A
         work = _stream(mesh) if streaming else _whole(mesh)
         task = asyncio.create_task(work)
         stack.push_async_callback(_ended, task)
-        await slots.until(1)
+        await _begun(slots, streaming=streaming)
         yield task.cancel if way != "close the client" else mesh.close
+
+
+async def _begun(slots: Slots, *, streaming: bool) -> None:
+    await slots.until(1)
+    if not streaming:
+        await asyncio.sleep(random.uniform(0.0, 1.0))
 
 
 async def _ended(task: asyncio.Task[None]) -> None:
