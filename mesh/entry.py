@@ -38,7 +38,7 @@ def parse_entry(text: str, now: float) -> Entry:
                 "the join token names no address that can be used", "Ask for a new one (`qmesh-node invite`)."
             )
         if invitation.ticket is not None:
-            return Entry(tuple(addresses), invitation.ticket.inviter, invitation=invitation)
+            return Entry(tuple(addresses), invitation=invitation)
         invitation.check(now)
         return Entry(tuple(addresses), network=Network(invitation.name))
     node_id, at, address = text.strip().rpartition("@")

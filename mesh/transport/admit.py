@@ -32,13 +32,13 @@ METHOD = "join"
 _SECRET_SIZE = 32
 
 
-def admitting(network: Network) -> Handler:
-    """What serves the streams of invited callers: tells them the secret of the mesh, and nothing else."""
+def admitting(network: Network, invitation_id: bytes) -> Handler:
+    """What serves the streams of an invited caller: tells it the secret of the mesh, and nothing else."""
 
     async def admit(stream: Stream) -> None:
         if stream.method != METHOD:
             raise Unauthorized("an invitation is good for joining only")
-        logger.info("admitted %s to %s", short_id(stream.peer_id), network.name)
+        logger.info("admitted %s by invitation %s", short_id(stream.peer_id), invitation_id.hex())
         await stream.end({"secret": network.secret})
         await stream.connection.goaway(ErrorCode.CANCELLED, "admitted")
 

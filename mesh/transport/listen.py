@@ -178,14 +178,17 @@ class Listener:
         key = invitation_key(self.network, invitation_id) if good else None
         return Network(self.network.name, key or secrets.token_bytes(KEY_SIZE))
 
-    def agreed(self, visitor: _Visitor, agreed: Agreed, *, guest: bool) -> Connection:
+    def agreed(self, visitor: _Visitor, agreed: Agreed, invitation_id: bytes | None) -> Connection:
         """A visitor completed its handshake. A guest, who has shown no more than an invitation, counts as
         half-open to its end, and is told nothing but the secret.
         """
+        if invitation_id is None:
+            on_stream, load, on_heard = self._on_stream, self._load, visitor.heard
+        else:
+            on_stream, load, on_heard = admitting(self.network, invitation_id), None, None
         connection = Connection(
-            agreed, initiator=False, on_stream=admitting(self.network) if guest else self._on_stream,
-            load=None if guest else self._load, on_bug=self._broken, on_gone=visitor.gone,
-            on_heard=None if guest else visitor.heard,
+            agreed, initiator=False, on_stream=on_stream, load=load, on_bug=self._broken,
+            on_gone=visitor.gone, on_heard=on_heard,
         )  # fmt: skip
         self._visitors.discard(visitor)
         self.connections.add(connection)
@@ -200,7 +203,8 @@ class _Visitor(asyncio.BufferedProtocol):
     """An accepted socket until its handshake is done."""
 
     __slots__ = (
-        "_asked", "_buffer", "_connection", "_door", "_listener", "_read_buffer", "_timer", "_transport",
+        "_asked", "_buffer", "_connection", "_invitation_id", "_listener", "_read_buffer", "_timer",
+        "_transport",
     )  # fmt: skip
 
     def __init__(self, listener: Listener) -> None:
@@ -208,7 +212,7 @@ class _Visitor(asyncio.BufferedProtocol):
         self._read_buffer = read_buffer()[: MAX_HANDSHAKE_MESSAGE + 2]
         self._buffer = bytearray()
         self._asked = False
-        self._door: Network | None = None
+        self._invitation_id: bytes | None = None
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._connection: Connection | None = None
@@ -241,7 +245,7 @@ class _Visitor(asyncio.BufferedProtocol):
                     return
                 self._asked = True
                 if message:
-                    self._door = self._listener.door(message)
+                    self._invitation_id = message
                     continue
                 nonce = secrets.token_bytes(WHOIS_NONCE_SIZE)
                 self._write(whois_reply(self._listener.network, self._listener.identity.id, nonce))
@@ -250,10 +254,10 @@ class _Visitor(asyncio.BufferedProtocol):
             self._close()
 
     def _answer(self, message: bytes) -> None:
-        listener = self._listener
+        listener, invitation_id = self._listener, self._invitation_id
         responder = Responder(
             listener.identity,
-            self._door or listener.network,
+            listener.network if invitation_id is None else listener.door(invitation_id),
             ephemeral=secrets.token_bytes(KEY_SIZE),
             user_agent=listener.user_agent,
         )
@@ -261,9 +265,9 @@ class _Visitor(asyncio.BufferedProtocol):
         reply, agreed = responder.message_2(peer_id, unix_ms())
         self._write(reply)
         responder.check_version()
-        if self._door is None:
+        if invitation_id is None:
             self._cancel_timer()  # a guest has no longer than the handshake
-        connection = self._connection = listener.agreed(self, agreed, guest=self._door is not None)
+        connection = self._connection = listener.agreed(self, agreed, invitation_id)
         if self._transport is not None:
             self._transport.set_protocol(connection)
             connection.connection_made(self._transport)

@@ -13,7 +13,7 @@ import random
 import tracemalloc
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from itertools import count
+from itertools import count, product
 from typing import Any
 from unittest.mock import AsyncMock
 
@@ -291,15 +291,17 @@ async def test_whatever_strangers_open_with(rng: random.Random) -> None:
         for network in (PRIVATE, GUESTS, OPEN)
     }
     genuine = (WHOIS_REQUEST, announce_invitation(INVITATION_ID), *firsts.values())
+    inputs = [b"".join(pair) for pair in product(genuine, repeat=2)]
+    for _ in range(min(INPUTS // 20, 5000)):  # each takes a port for a minute
+        invented = (
+            announce_invitation(rng.randbytes(8)),
+            prefix_length(rng.randbytes(rng.randint(1, 200))),
+            mutated(rng, rng.choice(genuine)),
+        )
+        inputs.append(b"".join(rng.choice((*genuine, *invented)) for _ in range(rng.randint(1, 3))))
     seen = set()
     try:
-        for _ in range(min(INPUTS // 15, 5000)):  # each takes a port for a minute
-            invented = (
-                announce_invitation(rng.randbytes(8)),
-                prefix_length(rng.randbytes(rng.randint(1, 200))),
-                mutated(rng, rng.choice(genuine)),
-            )
-            sent = b"".join(rng.choice((*genuine, *invented)) for _ in range(rng.randint(1, 3)))
+        for sent in inputs:
             reader, writer = await asyncio.open_connection(*listener.address)
             writer.write(sent)
             writer.write_eof()

@@ -210,7 +210,7 @@ async def test_an_inviter_that_tells_no_secret(monkeypatch: pytest.MonkeyPatch, 
     async def lie(stream: Stream) -> None:
         await stream.end({"secret": secret})
 
-    monkeypatch.setattr("mesh.transport.listen.admitting", lambda _: lie)
+    monkeypatch.setattr("mesh.transport.listen.admitting", lambda *_: lie)
     async with door(ID) as listener:
         with pytest.raises(MalformedMessage, match="no secret"):
             await redeem(invitation(listener), ALICE)

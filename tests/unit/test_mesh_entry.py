@@ -102,13 +102,14 @@ def test_tokens_of_open_meshes_bring_the_network_along() -> None:
         parse_entry(token[:-3], NOW)
 
 
-def test_tokens_of_private_meshes_bring_an_invitation_by_a_node_that_nobody_can_pose_as() -> None:
+def test_tokens_of_private_meshes_bring_an_invitation() -> None:
     token = token_of(Network("ours", bytes(32)), "a:1")
     for now in (NOW, NOW + 11):  # whoever has redeemed it may go on using it
         entry = parse_entry(token, now)
-        assert (entry.addresses, entry.peer, entry.network) == ((("a", 1),), Identity(bytes(32)).id, None)
+        assert (entry.addresses, entry.peer, entry.network) == ((("a", 1),), None, None)
         assert entry.invitation is not None
-        assert entry.invitation.name == "ours"
+        assert entry.invitation.ticket is not None
+        assert (entry.invitation.name, entry.invitation.ticket.inviter) == ("ours", Identity(bytes(32)).id)
 
 
 @pytest.mark.parametrize("address", ["nowhere", "a:b", "", "a..b:1"])
