@@ -5,6 +5,8 @@
     <data dir>/lock            held by the running node (flock / msvcrt through filelock)
     <data dir>/node.json       written while a node runs: pid, worker id, address, gateway, network
     <data dir>/mesh.json       the mesh that this machine belongs to (node.membership)
+    <data dir>/joined/         the meshes that join tokens led to (node.membership)
+    <data dir>/invitations.json  the invitations that this node accepts (node.invitations)
     <data dir>/identity.key    the node's identity (mesh.keystore)
     <data dir>/logs/           the servers' output and the node's log
     <data dir>/peers.msgpack   the DHT's routing table
