@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Hashable, Mapping
 from contextlib import asynccontextmanager
@@ -121,7 +122,10 @@ class Dispatcher:
         """
         choice = await self._choose(model, need, exclude, digest)
         record = choice.chosen.record
-        reservation = self.board.reserve(record.node_id, time.monotonic(), streaming=streaming)
+        now = time.monotonic()
+        # A whole answer begins when it is complete, whose length nobody knows.
+        due = now + choice.chosen.first_token if streaming else math.inf
+        reservation = self.board.reserve(record.node_id, now, due)
         self._tell(explain, choice)
         try:
             connection = await self.pool.get(record.node_id, usable_addresses(record.addresses))

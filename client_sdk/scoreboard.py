@@ -52,10 +52,11 @@ class Mean:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reservation:
-    """A request that was given to a worker at this time."""
+    """A request that was given to a worker at this time, and when its first bytes should come."""
 
     worker: bytes
     at: float
+    due: float
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ class Score:
     probing: bool = False
     """One request is testing a worker whose ban has ended."""
     unanswered: list[Reservation] = field(default_factory=list)
-    """Own requests for streams that wait for their first bytes, the oldest first."""
+    """Own requests that wait for their first bytes, the oldest first."""
 
     def foreign_load(self, now: float) -> float:
         """Requests of others, fading with the age of the report."""
@@ -91,8 +92,9 @@ class Score:
         return self.foreign * math.exp(-max(0.0, now - self.reported_at) / LOAD_FADE)
 
     def silence(self, now: float) -> float:
-        """Seconds to the first bytes that a new request must expect of a worker that keeps others waiting."""
-        return AS_LONG_AGAIN * (now - self.unanswered[0].at) if self.unanswered else 0.0
+        """Seconds to the first bytes that a new request must expect of a worker that is late with another's."""
+        late = (now - one.at for one in self.unanswered if now > one.due)
+        return AS_LONG_AGAIN * next(late, 0.0)
 
 
 class Scoreboard:
@@ -110,14 +112,13 @@ class Scoreboard:
             score = self._scores[worker] = Score()
         return score
 
-    def reserve(self, worker: bytes, now: float, *, streaming: bool = True) -> Reservation:
-        """A request was given to the worker: it counts at once, so that bursts spread. One for a whole
-        answer, not `streaming`, tells nothing by its silence.
+    def reserve(self, worker: bytes, now: float, due: float = math.inf) -> Reservation:
+        """A request was given to the worker: it counts at once, so that bursts spread. `due` is when its
+        first bytes should come; silence before that tells nothing.
         """
-        score, reservation = self[worker], Reservation(worker, now)
+        score, reservation = self[worker], Reservation(worker, now, due)
         score.in_flight += 1
-        if streaming:
-            score.unanswered.append(reservation)
+        score.unanswered.append(reservation)
         if score.failures and now >= score.banned_until:
             score.probing = True
         return reservation

@@ -15,12 +15,21 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.routing.simulation import POLICIES, Result, Scenario, Simulation
+from benchmarks.routing.actors import Scenario
+from benchmarks.routing.policies import POLICIES, Policy, WithoutHedging
+from benchmarks.routing.simulation import Result, Simulation
 
 SCENARIOS = (
     Scenario("100 workers", workers=100, clients=40, duration=600),
     Scenario("1,000 workers", workers=1000, clients=300, duration=180),
 )
+ONE_SLOW = tuple(
+    Scenario(
+        name, workers=4, clients=1, duration=20_000, load=0.2, burst=1.0, crashes=0.0, stalls=0.0,
+        spread=0.0, alike=True, one_slow=seconds,
+    )
+    for name, seconds in (("every 20 s another one", 20), ("every 60 s another one", 60), ("always the same", 20_000))
+)  # fmt: skip
 DOCS = Path(__file__).resolve().parent.parent.parent / "docs"
 COLOURS = ("#1a7f37", "#7fb98f", "#0969da", "#bc4c00", "#8250df")
 BEGIN, END = "<!-- simulation -->", "<!-- end of simulation -->"
@@ -53,6 +62,22 @@ def table(scenario: Scenario, results: Sequence[Result]) -> str:
         lines.append(
             f"| {one.policy} | {' | '.join(times)} | {one.utilisation:.0%} | {one.extra:.1%} | {one.unfinished} |"
         )
+    return "\n".join(lines)
+
+
+def table_of_one_slow(scenarios: Sequence[Scenario], results: Sequence[Sequence[Result]]) -> str:
+    """What hedging does where one of the workers is slow, in Markdown."""
+    lines = [
+        f"**{scenarios[0].workers} equal workers, one of them ten times slower**, requests of the same size, "
+        f"{len(results[0][0].answers):,} in each run:",
+        "",
+        "| slow is | policy | first token p50 | p95 | p99 | asked twice |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    for scenario, some in zip(scenarios, results, strict=True):
+        for one in some:
+            times = " | ".join(f"{quantile(one.first_tokens, share):.2f} s" for share in (0.5, 0.95, 0.99))
+            lines.append(f"| {scenario.name} | {one.policy} | {times} | {one.extra:.1%} |")
     return "\n".join(lines)
 
 
@@ -116,25 +141,31 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a tenth of the time; writes nothing")
     arguments = parser.parse_args()
-    scenarios = [replace(one, duration=one.duration / 10) if arguments.quick else one for one in SCENARIOS]
+    short = 0.1 if arguments.quick else 1.0
+    tables = []
+    scenarios = [replace(one, duration=one.duration * short) for one in SCENARIOS]
     results = []
     for scenario in scenarios:
         results.append([Simulation(scenario, policy()).run() for policy in POLICIES])
-        print(table(scenario, results[-1]) + "\n", flush=True)
+        tables.append(table(scenario, results[-1]))
+        print(tables[-1] + "\n", flush=True)
+    slow = [replace(one, duration=one.duration * short) for one in ONE_SLOW]
+    arms = [[Simulation(one, policy()).run() for policy in (Policy, WithoutHedging)] for one in slow]
+    tables.append(table_of_one_slow(slow, arms))
+    print(tables[-1], flush=True)
     if not arguments.quick:
-        write(DOCS, scenarios, results)
+        write(DOCS, tables, plot(scenarios, results))
     return 0
 
 
-def write(folder: Path, scenarios: Sequence[Scenario], results: Sequence[Sequence[Result]]) -> None:
+def write(folder: Path, tables: Sequence[str], picture: str) -> None:
     """Bring routing.md and routing.svg up to date. Raises ValueError where the page has no place for it."""
     page = folder / "routing.md"
-    tables = "\n\n".join(table(*one) for one in zip(scenarios, results, strict=True))
-    block = f"{BEGIN}\n\n{tables}\n\n{END}"
+    block = "\n\n".join((BEGIN, *tables, END))
     text, count = re.subn(
         f"{BEGIN}.*?{END}", lambda _: block, page.read_text(encoding="utf-8"), flags=re.DOTALL
     )
     if count != 1:
         raise ValueError(f"{page} has no place for the tables: {BEGIN} … {END}")
     page.write_text(text, encoding="utf-8")
-    (folder / "routing.svg").write_text(plot(scenarios, results), encoding="utf-8")
+    (folder / "routing.svg").write_text(picture, encoding="utf-8")

@@ -8,18 +8,23 @@ failure in the same way (another worker, and a ban); they differ in whom they as
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
 
-from client_sdk.hedging import Hedging
-from client_sdk.scoreboard import Reservation, Scoreboard
-from client_sdk.selection import Need, choose
-from mesh.identity import NodeId
-from mesh.records import WorkerRecord
+from benchmarks.routing.actors import (
+    Client,
+    Clock,
+    Copy,
+    Request,
+    Scenario,
+    Worker,
+    desktop,
+    hobbyist,
+    service_time,
+)
+from benchmarks.routing.policies import Policy
+from client_sdk.selection import expected
 from node.admission import Admission, Ticket
 
 SEEN = 16
@@ -32,186 +37,7 @@ HUNG_AFTER = 6.0
 CANCEL = 0.011
 """Seconds in which llama-server frees the slot of a cancelled stream."""
 NAP = 0.25
-CROWD = 1.25
-"""How much longer an answer takes in a usual crowd of neighbours."""
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """A mesh and what it has to bear. Times in seconds."""
-
-    name: str
-    workers: int
-    clients: int
-    duration: float
-    load: float = 0.5
-    """Mean demand as a share of what all workers together can do."""
-    burst: float = 3.0
-    """Demand is this many times higher for 5 s of every minute."""
-    crashes: float = 0.02
-    """Share of the workers that die each minute, for a minute; half of them hang instead of refusing."""
-    stalls: float = 0.05
-    """Share of the workers that become ten times slower each minute, for 20 s."""
-    seed: int = 1
-
-
-class Clock:
-    """Events in order of time."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-        self._queue: list[tuple[float, int, Callable[[], None]]] = []
-        self._order = itertools.count()
-
-    def at(self, when: float, do: Callable[[], None]) -> None:
-        """Do it then, or now where that has passed."""
-        heapq.heappush(self._queue, (max(when, self.now), next(self._order), do))
-
-    def run(self, until: float) -> None:
-        """Do everything that is due until then."""
-        while self._queue and self._queue[0][0] <= until:
-            self.now, _, do = heapq.heappop(self._queue)
-            do()
-
-
-@dataclass(eq=False)
-class Worker:
-    """One worker: what it is, what it says of itself, and its queue."""
-
-    record: WorkerRecord
-    speed: float
-    prompt_speed: float
-    rtt: float
-    admission: Admission
-    alive: bool = True
-    hangs: bool = False
-    slow: float = 1.0
-    running: dict[Ticket, Copy] = field(default_factory=dict)
-    busy_time: float = 0.0
-    answered: int = 0
-
-
-@dataclass(eq=False)
-class Copy:
-    """One request at one worker."""
-
-    request: Request
-    worker: Worker
-    ticket: Ticket
-    sent: float
-    reservation: Reservation
-    over: bool = False
-    lost: bool = False
-    """Its worker is gone: nothing comes of it any more."""
-    speaks_at: float = math.inf
-
-
-@dataclass(eq=False)
-class Request:
-    """One request of a client, over as many workers as it takes."""
-
-    client: Client
-    prompt: int
-    answer: int
-    arrived: float
-    exclude: set[bytes] = field(default_factory=set)
-    copies: list[Copy] = field(default_factory=list)
-    first_token: float | None = None
-    done: float | None = None
-    asked: int = 0
-
-    @property
-    def need(self) -> Need:
-        """What the choice of a worker depends on."""
-        return Need(self.prompt, self.answer)
-
-
-class Policy:
-    """Whom to ask. This one is QMesh's own."""
-
-    name = "QMesh"
-    hedges = True
-
-    def choose(self, client: Client, request: Request, now: float) -> Worker | None:
-        """The worker to ask, None where there is none at present."""
-        choice = choose(
-            [worker.record for worker in client.known], client.board, request.need,
-            now=now, rng=client.rng, exclude=request.exclude,
-        )  # fmt: skip
-        return None if choice is None else client.by_id[choice.chosen.id]
-
-    def _usable(self, client: Client, request: Request, now: float) -> list[Worker]:
-        return [
-            worker
-            for worker in client.known
-            if worker.record.node_id not in request.exclude
-            and client.board.available(worker.record.node_id, now)
-        ]
-
-
-class WithoutHedging(Policy):
-    """QMesh's choice, but nobody is asked twice."""
-
-    name = "QMesh, no hedging"
-    hedges = False
-
-
-class RandomChoice(Policy):
-    """Anybody."""
-
-    name = "random"
-    hedges = False
-
-    def choose(self, client: Client, request: Request, now: float) -> Worker | None:
-        """As its name says."""
-        usable = self._usable(client, request, now)
-        return client.rng.choice(usable) if usable else None
-
-
-class RoundRobin(Policy):
-    """Everybody in turn."""
-
-    name = "round robin"
-    hedges = False
-
-    def choose(self, client: Client, request: Request, now: float) -> Worker | None:
-        """As its name says."""
-        usable = self._usable(client, request, now)
-        client.turn += 1
-        return usable[client.turn % len(usable)] if usable else None
-
-
-class LeastConnections(Policy):
-    """Whoever has the fewest requests per slot, as far as this client knows."""
-
-    name = "least connections"
-    hedges = False
-
-    def choose(self, client: Client, request: Request, now: float) -> Worker | None:
-        """As its name says."""
-
-        def load(worker: Worker) -> float:
-            score = client.board[worker.record.node_id]
-            return (score.in_flight + score.foreign_load(now)) / worker.record.slots
-
-        usable = self._usable(client, request, now)
-        client.rng.shuffle(usable)
-        return min(usable, key=load, default=None)
-
-
-POLICIES = (Policy, WithoutHedging, LeastConnections, RoundRobin, RandomChoice)
-
-
-@dataclass(eq=False)
-class Client:
-    """One client: its own view of some workers."""
-
-    rng: Random
-    board: Scoreboard = field(default_factory=Scoreboard)
-    hedging: Hedging = field(default_factory=Hedging)
-    known: list[Worker] = field(default_factory=list)
-    by_id: dict[bytes, Worker] = field(default_factory=dict)
-    turn: int = 0
+SLOWER = 10.0
 
 
 @dataclass
@@ -239,7 +65,10 @@ class Simulation:
         self.requests: list[Request] = []
         self.hedged = 0
         dice = Random(scenario.seed)
-        self.workers = [_worker(number, dice) for number in range(scenario.workers)]
+        self.workers = [
+            desktop(number) if scenario.alike else hobbyist(number, dice)
+            for number in range(scenario.workers)
+        ]
         self.clients = [Client(Random(dice.random())) for _ in range(scenario.clients)]
         self._noise = Random(dice.random())
         self._plan(dice)
@@ -275,15 +104,15 @@ class Simulation:
                 self.clock.at(when, lambda client=client: self._refresh(client))  # type: ignore[misc]
             for when in _every(PROBE_EVERY, scenario.duration):
                 self.clock.at(when, lambda client=client: self._probe(client))  # type: ignore[misc]
-        rate = scenario.load * sum(w.admission.slots / _seconds(w, 200, 150) for w in self.workers)
+        rate = scenario.load * sum(w.admission.slots / service_time(w, 200, 150) for w in self.workers)
         when = 0.0
         while when < scenario.duration:
             bursting = when % 60 >= 55
             when += dice.expovariate(rate * (scenario.burst if bursting else 1.0))
             request = Request(
                 dice.choice(self.clients),
-                int(dice.lognormvariate(5.0, 0.8)) + 1,
-                min(2000, int(dice.lognormvariate(4.7, 0.8)) + 1),
+                int(dice.lognormvariate(5.0, scenario.spread)) + 1,
+                min(2000, int(dice.lognormvariate(4.7, scenario.spread)) + 1),
                 when,
             )
             self.clock.at(when, lambda request=request: self._arrive(request))  # type: ignore[misc]
@@ -296,6 +125,15 @@ class Simulation:
                     dice.random(),
                 )
                 self.clock.at(moment, lambda a=accident, w=worker, c=coin: a(w, c))  # type: ignore[misc]
+
+        if scenario.one_slow is not None:
+            for when in _every(scenario.one_slow, scenario.duration):
+                slow = dice.choice(self.workers)
+                self.clock.at(when, lambda slow=slow: self._make_slow(slow))  # type: ignore[misc]
+
+    def _make_slow(self, slow: Worker) -> None:
+        for worker in self.workers:
+            worker.slow = SLOWER if worker is slow else 1.0
 
     def _crash(self, worker: Worker, coin: float) -> None:
         if not worker.alive:
@@ -315,7 +153,7 @@ class Simulation:
         def recover() -> None:
             worker.slow = 1.0
 
-        worker.slow = 10.0
+        worker.slow = SLOWER
         self.clock.at(self.clock.now + 20, recover)
 
     # --- the client
@@ -372,7 +210,9 @@ class Simulation:
         request.asked += 1
         cost = max(1.0, float(request.answer))
         ticket = Ticket(id(request.client).to_bytes(8, "big"), cost, 0, math.inf)
-        copy = Copy(request, worker, ticket, now, request.client.board.reserve(worker.record.node_id, now))
+        board = request.client.board
+        due = now + expected(worker.record, board, request.need, now).first_token
+        copy = Copy(request, worker, ticket, now, board.reserve(worker.record.node_id, now, due))
         request.copies.append(copy)
         self.clock.at(now + worker.rtt / 2, lambda: self._reach(copy))
         return copy
@@ -488,22 +328,5 @@ class Simulation:
             self._start(worker.running[ticket])
 
 
-def _seconds(worker: Worker, prompt: int, answer: int) -> float:
-    return CROWD * (prompt / worker.prompt_speed + answer / worker.speed)
-
-
 def _every(step: float, duration: float) -> list[float]:
     return [step * number for number in range(math.ceil(duration / step) + 1)]
-
-
-def _worker(number: int, dice: Random) -> Worker:
-    """A machine of a hobbyist: old laptops, good desktops, a few with a large GPU."""
-    speed = dice.choice((8.0, 8.0, 25.0, 25.0, 60.0, 150.0)) * dice.uniform(0.8, 1.25)
-    slots = dice.choice((1, 2, 4))
-    claim = dice.lognormvariate(0, 0.3)  # what it says of itself is not quite true
-    record = WorkerRecord(
-        node_id=NodeId(number.to_bytes(32, "big")), seq=1, expires=1 << 40, addresses=("127.0.0.1:1",),
-        model="m", digest=bytes(16), health=100, slots=slots, context=4096,
-        generation_speed=speed * claim, prompt_speed=speed * 12 * claim, flags=frozenset(), software="simulated",
-    )  # fmt: skip
-    return Worker(record, speed, speed * 12, dice.uniform(0.005, 0.08), Admission(slots))

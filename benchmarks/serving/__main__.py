@@ -88,9 +88,13 @@ async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
             flush=True,
         )
     if "spread" in parts:
-        for _ in range(3):
-            shares, ratio = await spread.burst(members)
-            print(f"\n100 requests at once over 4 workers: {sorted(shares.values())}, most/mean {ratio:.2f}")
+        print("\n100 requests at once over 4 workers")
+        for _ in range(3 if quick else 10):
+            told = [
+                f"{word} {sorted(shares.values())}, most/mean {spread.unevenness(shares, members):.2f}"
+                for word, shares in zip(("given", "answered"), await spread.burst(members), strict=True)
+            ]
+            print("  " + "; ".join(told), flush=True)
         early, late = await spread.after_a_death(cluster)
         print(
             f"a killed worker: {early} requests until its first failure was known, {late} after that",

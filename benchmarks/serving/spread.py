@@ -22,14 +22,21 @@ SAYINGS = (
 )  # fmt: skip
 
 
-async def burst(members: Sequence[Member], count: int = 100) -> tuple[Counter[str], float]:
-    """So many requests at the same moment: who answered how many, and most / mean."""
+async def burst(members: Sequence[Member], count: int = 100) -> tuple[Counter[str], Counter[str]]:
+    """So many requests at the same moment: to whom they were given, and who answered them. That differs where
+    queues were full: what is refused goes to those that are through first.
+    """
     async with MeshClient([member.address for member in members]) as mesh:
         answers = await asyncio.gather(
             *(mesh.generate(f"Tale {number}", max_tokens=24, **GREEDY) for number in range(count))
         )
-    shares = Counter(str(answer.explain.worker) for answer in answers)
-    return shares, max(shares.values()) * len(members) / count
+    given = Counter(answer.explain.attempts[0].worker for answer in answers)
+    return given, Counter(str(answer.explain.worker) for answer in answers)
+
+
+def unevenness(shares: Counter[str], members: Sequence[Member]) -> float:
+    """The most / the mean."""
+    return max(shares.values()) * len(members) / shares.total()
 
 
 async def after_a_death(cluster: Cluster, count: int = 200, at_once: int = 4) -> tuple[int, int]:

@@ -152,10 +152,12 @@ async def test_the_callers_own_deadline_is_no_workers_fault(four: Cluster) -> No
 
 
 async def test_a_burst_spreads_over_equal_workers(four: Cluster) -> None:
-    """64 fill every slot; the bound for 100 at once is measured by the benchmark."""
-    shares, ratio = await spread.burst(four.members, 64)
-    assert len(shares) == 4
-    assert ratio <= 1.3, shares
+    """Who answers depends on the machine's cores where queues are full: 80 are room for."""
+    given, _ = await spread.burst(four.members, 100)
+    assert spread.unevenness(given, four.members) <= 1.3, given
+    given, answered = await spread.burst(four.members, 64)
+    assert spread.unevenness(given, four.members) <= 1.3, given
+    assert len(answered) == 4
 
 
 async def test_a_conversation_finds_its_beginning_in_the_cache(four: Cluster) -> None:

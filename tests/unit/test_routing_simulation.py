@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks.routing import report as routing
-from benchmarks.routing.simulation import (
-    POLICIES,
-    LeastConnections,
-    Policy,
-    RandomChoice,
-    Scenario,
-    Simulation,
-)
+from benchmarks.routing.actors import Scenario
+from benchmarks.routing.policies import POLICIES, LeastConnections, Policy, RandomChoice, WithoutHedging
+from benchmarks.routing.simulation import Simulation
 
 SMALL = Scenario("small", workers=60, clients=20, duration=90)
 
@@ -46,6 +42,23 @@ def test_the_tail_is_shorter_than_with_simple_policies(other: type[Policy]) -> N
     assert routing.quantile(ours.answers, 0.99) < routing.quantile(theirs.answers, 0.99) / 2
 
 
+def test_hedging_halves_the_tail_where_another_worker_becomes_slow_now_and_then() -> None:
+    scenario = replace(routing.ONE_SLOW[1], duration=4000)
+    hedged, alone = (Simulation(scenario, policy()).run() for policy in (Policy, WithoutHedging))
+    assert routing.quantile(hedged.first_tokens, 0.99) < routing.quantile(alone.first_tokens, 0.99) / 2
+    assert hedged.extra <= 0.05
+    table = routing.table_of_one_slow([scenario], [[hedged, alone]])
+    assert table.count(scenario.name) == 2
+    assert "nan" not in table
+
+
+def test_a_worker_that_stays_slow_does_not_make_the_tail() -> None:
+    scenario = replace(routing.ONE_SLOW[-1], duration=4000)
+    without = replace(scenario, one_slow=None)
+    slow, none = (Simulation(one, Policy()).run() for one in (scenario, without))
+    assert routing.quantile(slow.first_tokens, 0.98) < 1.5 * routing.quantile(none.first_tokens, 0.98)
+
+
 def test_table_and_plot_hold_every_policy() -> None:
     scenario = Scenario("tiny", workers=5, clients=2, duration=10)
     results = [Simulation(scenario, policy()).run() for policy in POLICIES]
@@ -66,15 +79,15 @@ def test_the_page_in_docs_holds_the_tables(tmp_path: Path) -> None:
     scenario = Scenario("tiny", workers=5, clients=2, duration=10)
     results = [Simulation(scenario, policy()).run() for policy in POLICIES]
     page = (routing.DOCS / "routing.md").read_text(encoding="utf-8")
-    for one in routing.SCENARIOS:
-        assert f"**{one.name}**" in page
+    for one in (*routing.SCENARIOS, *routing.ONE_SLOW):
+        assert one.name in page
     (tmp_path / "routing.md").write_text(page, encoding="utf-8")
     for _ in range(2):
-        routing.write(tmp_path, [scenario], [results])
+        routing.write(tmp_path, [routing.table(scenario, results)], routing.plot([scenario], [results]))
         written = (tmp_path / "routing.md").read_text(encoding="utf-8")
         assert written.count("**tiny**") == 1
         assert "100 workers" not in written
     assert (tmp_path / "routing.svg").read_text(encoding="utf-8").startswith("<svg")
     (tmp_path / "routing.md").write_text("nothing", encoding="utf-8")
     with pytest.raises(ValueError, match="no place"):
-        routing.write(tmp_path, [scenario], [results])
+        routing.write(tmp_path, [], "")
