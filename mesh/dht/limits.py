@@ -25,7 +25,7 @@ MAX_BARREN_PAGES: Final = 6
 MAX_SHARDS_TRIED: Final = 6
 MAX_DEPTH_HINTS: Final = 256
 CATALOGUE_INTERVAL: Final = 90.0
-MAX_CATALOGUE_INTERVAL: Final = 3600.0
+MAX_CATALOGUE_INTERVAL: Final = 900.0
 CATALOGUE_GROWN: Final = 32
 CATALOGUE_CROWDED: Final = 48
 """From so many listings on readers look into the shards of the catalogue too, and models are listed there."""
