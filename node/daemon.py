@@ -154,6 +154,17 @@ class Node:
         background.append(group.create_task(self._dht.wait(), name="dht"))
         self._dht.join(seeds)
         background.append(group.create_task(reachability.run(), name="reachability"))
+        self._emit(
+            {
+                "event": "starting",
+                "worker_id": worker_id,
+                "address": address,
+                "advertised": list(state.addresses),
+                "machine": machine(),
+                "server": f"{server.version}: {server.reason}" if server else "none: others run it",
+                "models": list(state.models),
+            }
+        )
         if config.gateway is not None:
             self._gateway = self._open_gateway(config.gateway, f"{worker_id}@{address}", identity, network)
             await self._gateway.start()
@@ -170,17 +181,6 @@ class Node:
                 "network": network.name,
                 "secret": network.secret.hex() if network.secret else None,
                 "gateway": url,
-            }
-        )
-        self._emit(
-            {
-                "event": "starting",
-                "worker_id": worker_id,
-                "address": address,
-                "advertised": list(state.addresses),
-                "machine": machine(),
-                "server": f"{server.version}: {server.reason}" if server else "none: others run it",
-                "models": list(state.models),
             }
         )
         await self._start_models()

@@ -258,19 +258,25 @@ def test_help_lists_every_command_and_needs_nothing_heavy(home: Home) -> None:
     assert not loaded & set(heavy.split())
 
 
-def test_the_sdk_needs_nothing_of_the_node_or_the_sidecar() -> None:
-    code = "import sys, client_sdk; print(*{name.partition('.')[0] for name in sys.modules})"
+def loaded_by(statement: str) -> set[str]:
+    """The top-level packages in memory after an import."""
+    code = f"import sys, {statement}; print(*{{name.partition('.')[0] for name in sys.modules}})"
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=seconds(20),
-        check=True,
-    )
-    loaded = set(done.stdout.split())
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=seconds(20), check=True
+    )  # fmt: skip
+    return set(done.stdout.split())
+
+
+def test_the_sdk_needs_nothing_of_the_node_or_the_sidecar() -> None:
+    loaded = loaded_by("client_sdk")
     assert {"client_sdk", "mesh"} <= loaded
     assert not loaded & {"node", "sidecar", "aiohttp", "kademlia", "psutil", "typer", "xllamacpp", "zeroconf"}
+
+
+def test_a_node_listens_before_it_loads_what_only_the_gateway_and_the_lan_need() -> None:
+    loaded = loaded_by("node.daemon")
+    assert {"mesh", "sidecar", "kademlia"} <= loaded
+    assert not loaded & {"aiohttp", "prometheus_client", "zeroconf", "client_sdk", "xllamacpp"}
 
 
 def test_a_cluster_goes_up_and_down(home: Home, tmp_path: Path) -> None:

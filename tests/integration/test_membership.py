@@ -153,9 +153,12 @@ async def test_a_leaked_token_is_worth_nothing_once_it_is_revoked_or_over(tmp_pa
         async with node(early, "--join", leaked["token"]):
             (model,) = (await run("models", folder=early))[1]
             assert len(model["workers"]) == 2
-    code, _, told = await run("join", other["token"], folder=late)
+    quiet = ("--listen", "127.0.0.1:0", "--no-mdns", "--no-gateway")
+    code, printed, told = await run("run", *quiet, "--join", other["token"], folder=late)
     assert code == 8
     assert "does not answer" in told
+    assert "fix:" in told
+    assert printed[-1] == {"event": "stopped"}
 
 
 async def test_peers_dial_back_and_netcheck_says_so(tmp_path: Path) -> None:
