@@ -37,7 +37,7 @@ class Invitations:
             return {str(name): int(expires) for name, expires in kept.items() if expires > now}
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, OverflowError, TypeError, AttributeError) as error:
             raise ConfigurationError(
                 f"{self.path} cannot be read: {error}", "Delete it, and make new invitations."
             ) from error

@@ -48,8 +48,8 @@ def admitting(network: Network, invitation_id: bytes) -> Handler:
 async def redeem(invitation: Invitation, identity: Identity) -> Network:
     """The mesh that an invitation leads to. Nobody is asked where that is open.
 
-    Raises ConfigurationError where the invitation is over or not accepted, ConnectFailed where the inviter
-    does not answer, otherwise as `connect` and `Stream.read` do.
+    Raises ConfigurationError where the invitation is over, not accepted or not for this machine,
+    ConnectFailed where the inviter does not answer, otherwise as `connect` and `Stream.read` do.
     """
     invitation.check(time.time())
     if invitation.ticket is None:
@@ -73,6 +73,11 @@ async def redeem(invitation: Invitation, identity: Identity) -> Network:
         async with await connection.open(METHOD, {}) as stream:
             await stream.read_all(0, HANDSHAKE_TIMEOUT)
             secret = (stream.trailer or {}).get("secret")
+    except Unauthorized as error:
+        raise ConfigurationError(
+            f"the node that made the join token refuses this machine: {error}",
+            "Its owner has to let this machine in: see [peers] in the qmesh.toml there.",
+        ) from error
     finally:
         await connection.close()
     if type(secret) is not bytes or len(secret) != _SECRET_SIZE:

@@ -200,7 +200,7 @@ async def test_the_inviters_clock_decides_and_the_newcomer_is_told_what_to_do() 
 
 async def test_whom_the_inviter_does_not_serve_it_does_not_admit() -> None:
     async with door(ID, policy=AdmissionPolicy(deny=frozenset({ALICE.id}))) as listener:
-        with pytest.raises((Unauthorized, ConnectionClosed), match="does not serve you"):
+        with pytest.raises((ConfigurationError, ConnectionClosed), match="does not serve you"):
             await redeem(invitation(listener), ALICE)
         assert await redeem(invitation(listener), Identity()) == PRIVATE
 

@@ -123,7 +123,7 @@ def test_invitations_are_good_until_they_end_or_are_revoked(tmp_path: Path) -> N
         Invitations(tmp_path / INVITATIONS_FILE).add(now)
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": "b"}', "\x00"])
+@pytest.mark.parametrize("content", ["", "[]", '{"a": "b"}', '{"a": Infinity}', "\x00"])
 def test_a_broken_list_of_invitations_admits_nobody(tmp_path: Path, content: str) -> None:
     invitations = Invitations(tmp_path)
     good = invitations.add(int(time.time()) + 60)
