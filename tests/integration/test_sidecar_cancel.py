@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
+import pytest
 
 from sidecar.client import SidecarClient
+from sidecar.probe import examine
 from tests.sidecar_support import fake
 from tests.support import seconds
 
@@ -76,3 +80,23 @@ async def test_starting_leaves_no_process(tmp_path: Path) -> None:
     assert len(pids) > 3, "some were cancelled with a process already running"
     names = {task.get_name() for task in asyncio.all_tasks()}
     assert not any(name.startswith("sidecar") for name in names)
+
+
+async def test_a_server_that_is_to_be_left_alone_is_probed_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes: asyncio.Queue[float] = asyncio.Queue()
+
+    async def noted(*arguments: Any) -> Any:
+        probes.put_nowait(time.monotonic())
+        return await examine(*arguments)
+
+    monkeypatch.setattr("sidecar.process.examine", noted)
+    async with fake(tmp_path) as server, asyncio.timeout(seconds(10)):
+        client = await server.ensure_ready(seconds(10))
+        await probes.get()
+        until = client.quiet_until = time.monotonic() + 1.0
+        asked = [await probes.get()]
+        while asked[-1] < until:
+            asked.append(await probes.get())
+    assert len(asked) <= 2, "one may have been under way"
