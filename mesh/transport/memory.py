@@ -118,7 +118,7 @@ class MemoryTransport(asyncio.Transport):
         return self._reading and not self._closing
 
     def _schedule(self) -> None:
-        if not self._scheduled and self.is_reading() and (self._unread or self._ended):
+        if not self._scheduled and (self._unread or self._ended):
             self._scheduled = True
             self._loop.call_soon(self._hand_over)
 

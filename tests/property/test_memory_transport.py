@@ -12,12 +12,12 @@ from mesh.transport.memory import MemoryTransport, link
 ENDS = st.sampled_from(["left", "right"])
 STEPS = st.one_of(
     st.tuples(st.just("write"), ENDS, st.integers(0, 400)),
-    st.tuples(st.just("turn"), ENDS, st.just(0)),
+    st.tuples(st.just("turns"), ENDS, st.integers(1, 8)),
     st.tuples(st.sampled_from(["pause", "resume", "close", "abort"]), ENDS, st.just(0)),
 )
-ROOM = 37
+ROOM = 97
 """Bytes that an end reads at once."""
-HIGH, LOW = 300, 100
+HIGH, LOW = 200, 100
 
 
 class End(asyncio.BufferedProtocol):
@@ -29,6 +29,8 @@ class End(asyncio.BufferedProtocol):
         self.written = b""
         self.paused = False
         self.told: list[str] = []
+        self.dropped = False
+        """The other end was aborted: nothing more is read."""
         self.transport: MemoryTransport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -42,6 +44,7 @@ class End(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         assert 0 < nbytes <= ROOM
         assert not self.told, "nothing is read behind the end"
+        assert not self.dropped
         assert self.transport.is_reading()
         self.read += self.buffer[:nbytes]
 
@@ -79,7 +82,6 @@ async def play(steps: list[tuple[str, str, int]]) -> None:
     ends = {"left": End(), "right": End()}
     left, right = ends.values()
     link(left, right)
-    aborted = False
     for what, name, size in steps:
         end = ends[name]
         other = right if end is left else left
@@ -97,11 +99,12 @@ async def play(steps: list[tuple[str, str, int]]) -> None:
             case "close":
                 transport.close()
             case "abort":
+                other.dropped |= "lost" not in end.told
                 transport.abort()
-                aborted = True
-            case "turn":
-                await turn()
-        if what != "turn":
+            case "turns":
+                for _ in range(size):
+                    await turn()
+        if what != "turns":
             assert bytes(other.read) == before, "nothing is read in the turn it was written in"
         for one, its_other in ((left, right), (right, left)):
             assert one.written.startswith(its_other.read), "in order, once, and nothing else"
@@ -109,10 +112,10 @@ async def play(steps: list[tuple[str, str, int]]) -> None:
             if not one.transport.is_closing():
                 assert one.paused or unread <= HIGH
                 assert not one.paused or unread > LOW or its_other.transport.is_closing()
-    await finish(left, right, aborted=aborted)
+    await finish(left, right)
 
 
-async def finish(left: End, right: End, *, aborted: bool) -> None:
+async def finish(left: End, right: End) -> None:
     """What was written before an orderly end is read; an end of one side is the end of both."""
     first = next((one for one in (left, right) if one.transport.is_closing()), None)
     for end in (left, right):
@@ -130,6 +133,6 @@ async def finish(left: End, right: End, *, aborted: bool) -> None:
         await turn()
     second = right if first is left else left
     assert first.told[-1] == second.told[-1] == "lost"
-    if not aborted and "eof" in second.told:
+    if not second.dropped and "eof" in second.told:
         assert second.read == first.written
     assert left.transport.get_write_buffer_size() == right.transport.get_write_buffer_size() == 0
