@@ -79,6 +79,8 @@ def test_the_ends_behave_as_a_sockets(steps: list[tuple[str, str, int]]) -> None
 
 
 async def play(steps: list[tuple[str, str, int]]) -> None:
+    problems: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, problem: problems.append(problem))
     ends = {"left": End(), "right": End()}
     left, right = ends.values()
     link(left, right)
@@ -113,6 +115,7 @@ async def play(steps: list[tuple[str, str, int]]) -> None:
                 assert one.paused or unread <= HIGH
                 assert not one.paused or unread > LOW or its_other.transport.is_closing()
     await finish(left, right)
+    assert not problems
 
 
 async def finish(left: End, right: End) -> None:
