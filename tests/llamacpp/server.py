@@ -7,16 +7,27 @@ the server). The node's process replaces this one, so that the tests' signals re
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 DROPPED = {"--hf-repo": 1, "--hf-file": 1, "--model-url": 1, "--model": 1, "--offline": 0}
 """Arguments that name a model to download, with the number of their values."""
-TAKEN = ("--host", "--port", "--alias", "--ctx-size", "--parallel")
-"""Arguments that are the node's own settings."""
+TAKEN = ("--host", "--port", "--alias", "--ctx-size", "--parallel", "--api-key")
+"""Arguments that are the node's or the gateway's own settings."""
+NAMES = (
+    "test",
+    "davinci-002",
+    "gpt-3.5-turbo",
+    "gpt-3.5-turbo-instruct",
+    "gpt-4.1",
+    "text-embedding-3-small",
+)
+"""Models that the tests ask for: a server of one model ignores the name, a gateway is told of another name."""
 SLOTS = 4
 CONTEXT = 2048
 
@@ -25,6 +36,8 @@ def main() -> None:
     """Replace this process by the server or the node."""
     settings = json.loads(os.environ["LLAMA_OWN_TESTS"])
     values, rest = split(sys.argv[1:])
+    if "--embedding" in rest and "--pooling" not in rest:
+        rest += ["--pooling", "mean"]  # the models that ours stands in for bring one along
     if settings["via"] == "direct":
         own = [text for name in TAKEN if name in values for text in (name, values[name])]
         os.execv(settings["server"], [settings["server"], "--model", settings["model"], *own, *rest])
@@ -37,10 +50,13 @@ def main() -> None:
         "extra_args": rest,
     }
     folder = Path(tempfile.mkdtemp(dir=settings["folder"]))
-    lines = [f"{key} = {json.dumps(value)}" for key, value in model.items()]
-    (folder / "qmesh.toml").write_text(
-        "drain_seconds = 0.5\n[[models]]\n" + "\n".join(lines), encoding="utf-8"
-    )
+    lines = ["drain_seconds = 0.5", "[[models]]", *assignments(model)]
+    lines += ["[api.aliases]", *assignments(dict.fromkeys(NAMES, model["alias"]))]
+    (folder / "qmesh.toml").write_text("\n".join(lines), encoding="utf-8")
+    if "--api-key" in values:
+        digest = hashlib.sha256(values["--api-key"].encode()).hexdigest()
+        key = {"id": "1", "name": "tests", "hash": digest, "created": 0}
+        (folder / "api-keys.json").write_text(json.dumps({"keys": [key]}), encoding="utf-8")
     command = [
         settings["python"],
         "-P",
@@ -55,6 +71,11 @@ def main() -> None:
     command += ["--listen", "127.0.0.1:0", "--llama-server", settings["server"]]
     command += ["--gateway", f"{values['--host']}:{values['--port']}"]
     os.execv(settings["python"], command)
+
+
+def assignments(settings: dict[str, Any]) -> list[str]:
+    """Settings as TOML writes them."""
+    return [f"{json.dumps(key)} = {json.dumps(value)}" for key, value in settings.items()]
 
 
 def split(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
