@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import random
 import subprocess
 import sys
@@ -35,6 +36,7 @@ POLL = 0.02
 EXIT_BUG, EXIT_SERVER = 1, 7
 _ANY_PORT = "127.0.0.1:0"
 _NODE = (sys.executable, "-P", "-m", "node", "run", "--json", "--no-mdns")
+_OTHER_MESH = frozenset({"QMESH_CONFIG", "QMESH_JOIN", "QMESH_NETWORK"})
 _GUARD = (sys.executable, "-I", "-S", launch.__file__, "--")
 """Starts a program that dies with this process, however this one ends."""
 
@@ -197,6 +199,7 @@ class Cluster:
                 stdin=subprocess.PIPE if self._attached else subprocess.DEVNULL,
                 stdout=events,
                 stderr=errors,
+                env=_environment(),
                 start_new_session=True,
             )
         self._children.append(child)
@@ -260,3 +263,8 @@ def _failure(member: Member, told: Mapping[str, Any] | None) -> ClusterError:
         f"See {Path(member.folder) / 'logs'}; somebody may have killed it.",
         exit_code=EXIT_BUG,
     )
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without what names a mesh: a test cluster is one of its own."""
+    return {name: value for name, value in os.environ.items() if name not in _OTHER_MESH}

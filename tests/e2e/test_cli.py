@@ -281,7 +281,8 @@ def test_a_node_listens_before_it_loads_what_only_the_gateway_and_the_lan_need()
 
 def test_a_cluster_goes_up_and_down(home: Home, tmp_path: Path) -> None:
     folder = str(tmp_path / "cluster")
-    up = home.run("cluster", "up", "-n", "2", "--json", "--data-dir", folder, timeout=60)
+    another = {"QMESH_JOIN": "127.0.0.1:1", "QMESH_NETWORK": "another", "QMESH_CONFIG": "/none"}
+    up = home.run("cluster", "up", "-n", "2", "--json", "--data-dir", folder, timeout=60, environ=another)
     assert up.code == 0
     assert [list(line) for line in up.lines] == [["event", "worker_id", "address", "gateway", "models"]] * 2
     assert {line["event"] for line in up.lines} == {"ready"}
