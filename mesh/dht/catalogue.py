@@ -8,7 +8,8 @@ that key is crowded, models are listed in the same way in one of 16 shards too, 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from mesh.dht.environment import Environment
@@ -61,13 +62,19 @@ class Catalogue:
 
     async def update(self, models: dict[str, int]) -> None:
         """List `models` (name → workers on the mesh) where that is needed, if they changed or it is time."""
-        await self._main.update(models)
-        for shard, page in enumerate(self._shards):
-            await page.update(
-                {name: workers for name, workers in models.items() if catalogue_shard(name) == shard}
-                if self._main.crowded
-                else {}
-            )
+        crowded = self._main.crowded
+        await asyncio.gather(self._main.update(models), *self._shard_updates(models))
+        if self._main.crowded and not crowded:
+            await asyncio.gather(*self._shard_updates(models))
+
+    def _shard_updates(self, models: dict[str, int]) -> Iterator[Awaitable[None]]:
+        parts: list[dict[str, int]] = [{} for _ in self._shards]
+        if self._main.crowded:
+            for name, workers in models.items():
+                parts[catalogue_shard(name)][name] = workers
+        for page, part in zip(self._shards, parts, strict=True):
+            if part or page.in_use:
+                yield page.update(part)
 
 
 class _Page:
@@ -98,6 +105,11 @@ class _Page:
         self._due = 0.0
         self._pause = CATALOGUE_INTERVAL
         self._seq = 0
+
+    @property
+    def in_use(self) -> bool:
+        """Whether there is something of ours to list or to take back."""
+        return bool(self._names or self._listed)
 
     async def update(self, models: dict[str, int]) -> None:
         """See `Catalogue.update`."""

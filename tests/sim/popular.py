@@ -10,6 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 from mesh.dht.announcing import Announcing
+from mesh.dht.limits import CATALOGUE_FRESH
 from mesh.dht.shards import Depth
 from mesh.dht.store import RecordStore
 from mesh.identity import Identity, dht_id
@@ -65,7 +66,9 @@ async def popular(world: World, nodes: int, *, workers: int, samples: int, settl
 
 
 async def catalogue(world: World, nodes: int, *, settle: float, readers: int) -> dict[str, Any]:
-    """Each node serves a model of its own; what others read in the catalogue after `settle` seconds."""
+    """Each node serves a model of its own; what others read in the catalogue after `settle` seconds, and
+    when a tenth of them have left.
+    """
     population = Population(world)
     await population.grow(nodes, seeds=0)
     population.wire()
@@ -80,12 +83,21 @@ async def catalogue(world: World, nodes: int, *, settle: float, readers: int) ->
         began = world.loop.time()
         listed.append(len(await member.dht.models()))
         seconds.append(world.loop.time() - began)
+    requests = (world.datagrams - datagrams) / 2 / readers
+    leaving = range(0, nodes, 10)
+    for number in leaving:
+        member = population.members[number]
+        await member.dht.withdraw(member.record(f"model-{number}"))
+    await asyncio.sleep(CATALOGUE_FRESH)
+    left = await population.members[1].dht.models()
     result = {
         "models": nodes,
         "listed_mean": round(mean(listed), 1),
         "listed_least": min(listed),
         "read_p50_s": round(median(seconds), 2),
-        "read_requests": round((world.datagrams - datagrams) / 2 / readers),
+        "read_requests": round(requests),
+        "left": len(leaving),
+        "left_but_listed": sum(f"model-{number}" in left for number in leaving),
         "fullest_key": fullest_key(population),
     }
     await population.stop()

@@ -65,8 +65,9 @@ def test_a_popular_model_overloads_no_key_and_is_sampled_evenly() -> None:
 
 def test_the_catalogue_of_many_models_is_complete() -> None:
     world = World(15)
-    result = world.run(popular.catalogue(world, 80, settle=200, readers=3))
-    assert result["listed_least"] == 80
+    result = world.run(popular.catalogue(world, 72, settle=130, readers=3))
+    assert result["listed_least"] == 72
+    assert (result["left"], result["left_but_listed"]) == (8, 0)
     assert result["fullest_key"] <= 64
 
 
