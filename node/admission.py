@@ -1,21 +1,20 @@
 """Who may use the model's slots, in which order: a bounded queue, fair across peers. Pure.
 
 At most `slots` requests run; the others wait in one queue per (priority, peer). Higher priorities go
-first. Within a priority the next slot goes to the peer that holds the fewest, and among those the peers
-take turns by deficit round robin (Shreedhar and Varghese, 1996) weighed by the tokens they ask for, so
-that a peer with many large requests cannot crowd out one with few small ones. The queue holds
+first. Within a priority the next slot goes to the peer that holds the fewest, and among those by weighted
+fair queueing (Demers, Keshav and Shenker 1989): to the one that would have been given the fewest tokens with
+its next request. So a peer with many large requests cannot crowd out one with few small ones, and one that
+asks now and then waits for the end of a running request, not for a round of all others. The queue holds
 `queue_limit` requests in all; a peer may fill it only while others do not ask: with the queue full, a
 newcomer with fewer waiting requests displaces the last request of the peer with the most.
 """
 
 from __future__ import annotations
 
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-QUANTUM = 256.0
-"""Tokens of credit that a peer gains with each turn."""
 _SMOOTHING = 0.2
 
 
@@ -34,12 +33,6 @@ class Ticket:
     displaced: bool = False
 
 
-@dataclass(slots=True)
-class _Peer:
-    waiting: deque[Ticket] = field(default_factory=deque)
-    deficit: float = 0.0
-
-
 class Admission:
     """The queue of one model. Every method takes `now` in seconds on one monotonic clock."""
 
@@ -49,8 +42,12 @@ class Admission:
         self.slots = slots
         self.queue_limit = 4 * slots if queue_limit is None else queue_limit
         self.running: set[Ticket] = set()
-        self._queues: dict[int, OrderedDict[bytes, _Peer]] = {}
+        self._queues: dict[int, dict[bytes, deque[Ticket]]] = {}
         self._waiting = 0
+        self._virtual = 0.0
+        """The virtual time: tokens given to a peer that has competed for slots ever since the beginning."""
+        self._given: dict[bytes, float] = {}
+        """The same for each peer. Who begins to compete is taken to have had as much as those who did."""
         self._service_time: float | None = None
 
     @property
@@ -70,6 +67,7 @@ class Admission:
         peer's ticket that lost its place in the full queue to this one.
         """
         if len(self.running) < self.slots and not self._waiting:
+            self._join(ticket.peer)
             self._start(ticket, now)
             return True, None
         displaced = None
@@ -77,14 +75,19 @@ class Admission:
             displaced = self._displace(ticket)
             if displaced is None:
                 return False, None
-        queue = self._queues.setdefault(ticket.priority, OrderedDict())
-        queue.setdefault(ticket.peer, _Peer()).waiting.append(ticket)
+        self._join(ticket.peer)
+        self._queues.setdefault(ticket.priority, {}).setdefault(ticket.peer, deque()).append(ticket)
         self._waiting += 1
         return True, displaced
 
     def release(self, ticket: Ticket, now: float) -> list[Ticket]:
         """A running request has ended: returns the tickets that start now."""
+        self._virtual += ticket.cost / len(self._competing())
         self.running.remove(ticket)
+        competing = self._competing()
+        self._given = {
+            peer: given for peer, given in self._given.items() if peer in competing or given > self._virtual
+        }
         if ticket.started is not None:
             took = max(0.0, now - ticket.started)
             self._service_time = (
@@ -96,11 +99,10 @@ class Admission:
 
     def withdraw(self, ticket: Ticket) -> bool:
         """A waiting request is no longer wanted. False if it was not waiting."""
-        queue = self._queues.get(ticket.priority, OrderedDict())
-        peer = queue.get(ticket.peer)
-        if peer is None or ticket not in peer.waiting:
+        waiting = self._queues.get(ticket.priority, {}).get(ticket.peer, deque())
+        if ticket not in waiting:
             return False
-        peer.waiting.remove(ticket)
+        waiting.remove(ticket)
         self._waiting -= 1
         self._forget_empty(ticket.priority, ticket.peer)
         return True
@@ -134,12 +136,23 @@ class Admission:
         assert not self.running & set(tickets)
         assert all(ticket.started is None for ticket in tickets)
         assert all(ticket.started is not None for ticket in self.running)
-        assert all(peer.waiting for queue in self._queues.values() for peer in queue.values())
+        assert all(waiting for queue in self._queues.values() for waiting in queue.values())
+        assert self._competing() <= self._given.keys()
         assert not (tickets and len(self.running) < self.slots)
+
+    def _competing(self) -> set[bytes]:
+        """The peers that have a slot or wait for one."""
+        return {ticket.peer for ticket in self.running}.union(*self._queues.values())
+
+    def _join(self, peer: bytes) -> None:
+        """Who did not compete gets nothing for that time; who was given much before is not forgiven."""
+        if peer not in self._competing():
+            self._given[peer] = max(self._virtual, self._given.get(peer, 0.0))
 
     def _start(self, ticket: Ticket, now: float) -> None:
         ticket.started = now
         self.running.add(ticket)
+        self._given[ticket.peer] += ticket.cost
 
     def _fill(self, now: float) -> list[Ticket]:
         started = []
@@ -154,22 +167,11 @@ class Admission:
         priority = max(self._queues)
         queue = self._queues[priority]
         held = Counter(ticket.peer for ticket in self.running)
-        fewest = min(held[name] for name in queue)
-        alone = sum(held[name] == fewest for name in queue) == 1
-        while True:
-            name, peer = next(iter(queue.items()))
-            if held[name] > fewest:
-                queue.move_to_end(name)
-                continue
-            ticket = peer.waiting[0]
-            if peer.deficit >= ticket.cost or alone:
-                peer.deficit = max(0.0, peer.deficit - ticket.cost)
-                peer.waiting.popleft()
-                self._waiting -= 1
-                self._forget_empty(priority, name)
-                return ticket
-            peer.deficit += QUANTUM
-            queue.move_to_end(name)
+        name = min(queue, key=lambda peer: (held[peer], self._given[peer] + queue[peer][0].cost))
+        ticket = queue[name].popleft()
+        self._waiting -= 1
+        self._forget_empty(priority, name)
+        return ticket
 
     def _displace(self, newcomer: Ticket) -> Ticket | None:
         counts: dict[bytes, int] = {}
@@ -188,12 +190,12 @@ class Admission:
     def _tickets(self) -> Iterator[Ticket]:
         """Waiting tickets, highest priority first and in order of arrival within a peer."""
         for priority in sorted(self._queues, reverse=True):
-            for peer in self._queues[priority].values():
-                yield from peer.waiting
+            for waiting in self._queues[priority].values():
+                yield from waiting
 
     def _forget_empty(self, priority: int, name: bytes) -> None:
         queue = self._queues[priority]
-        if not queue[name].waiting:
+        if not queue[name]:
             del queue[name]
         if not queue:
             del self._queues[priority]

@@ -108,7 +108,7 @@ async def test_displaced_in_the_very_moment_of_its_cancellation() -> None:
         await steps(3)
         assert await greedy[-1].cancelled()
         await running.end()
-        for request in (*greedy[:-1], modest):
+        for request in (greedy[0], modest, *greedy[1:-1]):
             await request.end()
 
 
@@ -123,7 +123,7 @@ async def test_a_displaced_request_is_told_to_try_elsewhere() -> None:
             await greedy[-1].task
         assert refused.value.retry_after is not None
         await running.end()
-        for request in (*greedy[:-1], modest):
+        for request in (greedy[0], modest, *greedy[1:-1]):
             await request.end()
 
 
