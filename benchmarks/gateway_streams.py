@@ -29,7 +29,7 @@ import uvloop
 from node.cluster import Cluster, Member
 
 NODES = 3
-SPARE = 1.2
+SPARE = 1.5
 """More slots than streams, because they are not spread evenly."""
 MODEL = Path(__file__).parent.parent / "sidecar" / "assets" / "qmesh-demo.gguf"
 LOOK = 0.25
