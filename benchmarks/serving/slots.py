@@ -13,6 +13,7 @@ import random
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
@@ -25,8 +26,9 @@ TOKENS = 1900
 PROMPT = "Once upon a time"
 BODY = {"prompt": PROMPT, "n_predict": TOKENS, "ignore_eos": True, "temperature": 0, "n_probs": 100}
 """The probabilities make it slow, so that a whole answer is not ready before it is left."""
-STILL = 0.5
-"""Seconds without computing after which a process is taken to have stopped."""
+STILL = 0.3
+IDLE = 0.1
+"""A process that used less than this share of so many seconds is taken to have stopped; some is used for probes."""
 WAYS = ("leave the loop", "cancel the task", "close the client", "kill the client")
 
 Leave = Callable[[], object]
@@ -44,24 +46,28 @@ async def freed_after(members: Sequence[Member], way: str, *, streaming: bool) -
             if streaming:
                 await slots.until(0)
                 return time.perf_counter() - began
-            ended = await _stopped_computing(members)
-            assert not await slots.busy()
-            return ended - began
+            while True:
+                ended = await _stopped_computing(members)
+                if not await slots.busy():
+                    return ended - began
 
 
 async def _stopped_computing(members: Sequence[Member]) -> float:
-    """When the last llama.cpp of these nodes stopped using processor time."""
+    """When the last llama.cpp of these nodes stopped computing."""
     processes = [server.process for member in members for server in llama_of(member.pid)]
 
     def used() -> float:
         return sum(sum(process.cpu_times()[:2]) for process in processes)
 
-    last, before = time.perf_counter(), used()
-    while time.perf_counter() - last < STILL:
+    seen = deque([(time.perf_counter(), used())])
+    while True:
         await asyncio.sleep(0.01)
-        if (now := used()) > before:
-            last, before = time.perf_counter(), now
-    return last
+        seen.append((time.perf_counter(), used()))
+        while seen[-1][0] - seen[1][0] >= STILL:
+            seen.popleft()
+        (since, before), (now, after) = seen[0], seen[-1]
+        if now - since >= STILL and after - before < IDLE * STILL:
+            return since
 
 
 @asynccontextmanager
