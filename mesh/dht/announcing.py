@@ -106,7 +106,7 @@ class Announcing:
         for key, shown in own.shown.items():
             if shown.expires > now:
                 blob = sign_record(last, self._identity, self._network, key)
-                self._protocol.storage.put(key, blob, None, now)
+                self._keep(key, blob, shown.holders)
                 stores.append(self._lookups.ask_all(shown.holders, "store", [key, blob]))
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(limits.WITHDRAW_DEADLINE):
@@ -163,8 +163,7 @@ class Announcing:
         return await self._store(key, blob, await self._lookups.nearest(key))
 
     async def _store(self, key: bytes, blob: bytes, holders: list[Answer]) -> Published:
-        if self._protocol.role is not Role.CLIENT:
-            self._protocol.storage.put(key, blob, None, self._wall())
+        self._keep(key, blob, holders)
         replies = await self._lookups.ask_all(holders, "store", [key, blob])
         replicas, counts = 0, []
         for reply in replies:
@@ -173,3 +172,17 @@ class Announcing:
                     replicas += outcome == Outcome.STORED
                     counts.append(count)
         return Published(replicas, round(median(counts)) if counts else 0)
+
+    def _keep(self, key: bytes, blob: bytes, holders: list[Answer]) -> None:
+        """Hold our own record for others too, if we are as near to the key as its holders.
+
+        Farther away we would tell askers on their way that there is no worker but us.
+        """
+
+        def distance(contact_id: bytes) -> int:
+            return int.from_bytes(contact_id) ^ int.from_bytes(key)
+
+        own = distance(self._protocol.source_node.id)
+        near = len(holders) < limits.BUCKET_SIZE or own < max(distance(one.contact_id) for one in holders)
+        if near and self._protocol.role is not Role.CLIENT:
+            self._protocol.storage.put(key, blob, None, self._wall())
