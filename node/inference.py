@@ -54,6 +54,7 @@ COUNTING = frozenset(
         "/tokenize",
         "/v1/chat/completions/input_tokens",
         "/v1/messages/count_tokens",
+        "/v1/responses/input_tokens",
     }
 )
 """Endpoints that cost next to nothing and take no slot."""

@@ -62,6 +62,12 @@ ENDPOINTS = (
         ("messages",),
         ("/chat/completions/input_tokens",),
     ),
+    Endpoint(
+        "/v1/responses/input_tokens",
+        "Count the tokens of a conversation (OpenAI Responses)",
+        ("input",),
+        ("/responses/input_tokens",),
+    ),
     Endpoint("/v1/embeddings", "Turn text into vectors", ("input",)),
     Endpoint(
         "/v1/rerank",

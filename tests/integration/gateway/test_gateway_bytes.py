@@ -69,6 +69,7 @@ WHOLE: list[tuple[str, str, dict[str, Any]]] = [
     ("/apply-template", TOOLS, {"messages": MESSAGES, "tools": [TOOL]}),
     ("/v1/messages/count_tokens", SOLO, {"messages": MESSAGES}),
     ("/v1/chat/completions/input_tokens", SOLO, {"messages": MESSAGES}),
+    ("/v1/responses/input_tokens", SOLO, {"input": "Hello"}),
     ("/infill", SOLO, {"input_prefix": "def f(", "input_suffix": "return"}),
     ("/v1/chat/completions", SOLO, {"messages": [{"role": "user", "content": LONG}]}),
     ("/v1/chat/completions", SOLO, {"messages": "none"}),

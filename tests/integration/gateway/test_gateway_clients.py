@@ -139,6 +139,7 @@ def test_openai_other_endpoints(client: openai.OpenAI) -> None:
 
 def test_openai_responses(client: openai.OpenAI) -> None:
     assert client.responses.create(model=CHAT, input="Hello", max_output_tokens=8).output_text
+    assert client.responses.input_tokens.count(model=CHAT, input="Hello").input_tokens > 5
     events = list(client.responses.create(model=CHAT, input="Hello", max_output_tokens=8, stream=True))
     assert events[0].type == "response.created"
     assert events[-1].type == "response.completed"
