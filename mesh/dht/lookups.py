@@ -33,7 +33,7 @@ from mesh.records import (
 
 T = TypeVar("T")
 
-_FORGET_DEPTH = 0.05
+_FORGET_DEPTH = 0.005
 """By how much each lookup lowers the deepest depth that is remembered of a model."""
 
 
