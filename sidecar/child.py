@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import secrets
 import signal
@@ -32,9 +33,10 @@ class Child:
     """A running server, its client and its output. Made by `spawn`; `reap` frees everything."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, client: SidecarClient, pump: OutputPump, record: Path
+        self, process: asyncio.subprocess.Process, port: int, key: str, pump: OutputPump, record: Path
     ) -> None:
-        self.process, self.client, self.pump, self._record = process, client, pump, record
+        self.process, self.port, self.pump, self._record = process, port, pump, record
+        self.client = SidecarClient(f"http://127.0.0.1:{port}", key)
         self._memory_kills = _memory_kills()
         self._cpu_seconds = 0.0
 
@@ -64,7 +66,7 @@ class Child:
         record = record_path(config)
         with contextlib.suppress(psutil.NoSuchProcess, OSError):  # gone already, or no place to write
             orphans.write_record(record, process.pid, nonce)
-        return cls(process, SidecarClient(f"http://127.0.0.1:{port}", key), pump, record)
+        return cls(process, port, key, pump, record)
 
     def signal_group(self, number: signal.Signals) -> None:
         """Send a signal to the server and all that it started."""
@@ -91,6 +93,16 @@ class Child:
         """Whether the kernel killed any process for memory since the spawn; None where it does not say."""
         now = _memory_kills()
         return None if now is None or self._memory_kills is None else now > self._memory_kills
+
+    def port_taken(self) -> bool:
+        """Whether anybody listens on the server's port; after its end that is somebody else."""
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # its old connections do not count
+            try:
+                probe.bind(("127.0.0.1", self.port))
+            except OSError as error:
+                return error.errno == errno.EADDRINUSE
+            return False
 
     def progress(self) -> tuple[int, ...]:
         """Log bytes, CPU seconds, MiB read and MiB resident: any of them moves while a model loads."""

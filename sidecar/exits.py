@@ -38,11 +38,14 @@ class Exit:
     message: str
 
 
-def judge(code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool | None) -> Exit:
+def judge(
+    code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool | None, port_taken: bool
+) -> Exit:
     """Judge an exit that nobody asked for.
 
     `code` is negative for a signal, as in `subprocess`. `memory_kill` says whether the kernel killed
-    a process for memory meanwhile; None where the platform cannot tell.
+    a process for memory meanwhile; None where the platform cannot tell. `port_taken`: somebody listens on
+    the port that the server was given; its own words about that are sometimes lost with it.
     """
     text = "\n".join(tail)
     if code == -SIGKILL and (memory_kill or (memory_kill is None and not was_ready)):
@@ -52,7 +55,7 @@ def judge(code: int, tail: Sequence[str], *, was_ready: bool, memory_kill: bool 
     if was_ready:
         return Exit(Cause.CRASH, describe(code))
     if code == 1:
-        if _PORT_TAKEN.search(text):
+        if port_taken or _PORT_TAKEN.search(text):
             return Exit(Cause.PORT, "its port was taken by another program")
         if not text.strip():
             # A refusal comes with its reason; silence means that something ended it before it could speak.

@@ -324,7 +324,13 @@ class Supervisor:
         was_ready, self.info = self.info is not None, None
         code = await child.reap()
         self._tail, self._child = child.pump.tail(), None
-        verdict = judge(code, self._tail, was_ready=was_ready, memory_kill=child.killed_for_memory())
+        verdict = judge(
+            code,
+            self._tail,
+            was_ready=was_ready,
+            memory_kill=child.killed_for_memory(),
+            port_taken=child.port_taken(),
+        )
         self._events.put_nowait(states.Exited(verdict, _jitter()))
 
     async def _probe(self, child: Child) -> None:

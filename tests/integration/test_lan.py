@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Callable
 from ipaddress import ip_address
 
@@ -13,7 +14,8 @@ from mesh.lan import Lan, network_tag
 from mesh.network import Network
 from tests.support import seconds
 
-OPEN = Network()
+OPEN = Network(f"lan-test-{secrets.token_hex(4)}")
+"""Of this run alone: other nodes of this machine, and other runs of these tests, are on the same LAN."""
 
 
 class Found:
@@ -42,7 +44,7 @@ async def test_two_nodes_find_each_other_and_no_other_mesh() -> None:
             for network, found, port in (
                 (OPEN, first, 9470),
                 (OPEN, second, 9471),
-                (Network("public", b"s" * 32), stranger, 9472),
+                (Network(OPEN.name, b"s" * 32), stranger, 9472),
             )
         ]
         await first.until(lambda found: ("127.0.0.1", 9471) in found)

@@ -54,9 +54,20 @@ from tests.sidecar_support import DEMO
 def test_exits_are_judged(
     code: int, tail: list[str], was_ready: bool, memory_kill: bool | None, cause: Cause
 ) -> None:
-    verdict = judge(code, tail, was_ready=was_ready, memory_kill=memory_kill)
+    verdict = judge(code, tail, was_ready=was_ready, memory_kill=memory_kill, port_taken=False)
     assert verdict.cause is cause
     assert verdict.message
+
+
+def test_a_taken_port_needs_no_words() -> None:
+    """A server's last lines may be lost with it."""
+    for tail, was_ready, cause in (
+        (["error: Failed to init server"], False, Cause.PORT),
+        ([], False, Cause.PORT),
+        (["error"], True, Cause.CRASH),
+        (["out of memory"], False, Cause.MEMORY),
+    ):
+        assert judge(1, tail, was_ready=was_ready, memory_kill=False, port_taken=True).cause is cause
 
 
 # ── errors ──────────────────────────────────────────────────────────────────────────────────────

@@ -126,9 +126,9 @@ async def test_every_queue_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         gateway = await stack.enter_async_context(gateway_to(facts["address"], tmp_path))
         http = await stack.enter_async_context(aiohttp.ClientSession())
         ask = await stack.enter_async_context(clients(gateway.url))
-        running = await ask.chat(stream=True, max_tokens=500, extra_body={"ignore_eos": True})
-        await anext(aiter(running))
         server = llama_server(node.pid)
+        running = await ask.chat(stream=True, max_tokens=1500, extra_body={"ignore_eos": True})
+        await anext(aiter(running))
         server.send_signal(signal.SIGSTOP)
         try:
             queued = [asyncio.create_task(ask.chat()) for _ in range(QUEUE)]
