@@ -1,30 +1,27 @@
 """What the gateway costs: llama.cpp direct, behind nginx, behind LiteLLM, behind gateways of meshes of one and three.
 
-    python -m benchmarks.gateway [--rounds 7] [--tokens 128] [--streams 500]
+    python -m benchmarks.gateway [--rounds 7] [--tokens 128]
 
 Every path is taken in turn within each round, with the same requests to `/v1/completions`; only ratios of
 one run mean anything. nginx and LiteLLM are measured where they are installed. In the mesh of one the
-gateway belongs to the node whose llama.cpp the other paths lead to. Last, many streams are held at once
-on the mesh of one, again and again, and the memory of the node's process is watched.
+gateway belongs to the node whose llama.cpp the other paths lead to.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import aiohttp
-import psutil
 import uvloop
 
 from benchmarks.hop import (
     LEVELS,
     MODEL,
+    SLOTS,
     Hop,
     http,
     litellm,
@@ -35,16 +32,11 @@ from benchmarks.hop import (
 )
 from node.cluster import Cluster, Member
 
-SLOTS = 128
-HOLD = 15.0
-"""Seconds for which the streams are held."""
-LEAST_EVENTS = 8
-"""An answer of 64 tokens with fewer events is an error."""
 PATH = "/v1/completions"
 
 
-async def compare(rounds: int, tokens: int, streams: int) -> tuple[list[Hop], dict[str, float]]:
-    """All paths, `rounds` times after one that is not counted; then many streams."""
+async def compare(rounds: int, tokens: int) -> list[Hop]:
+    """All paths, `rounds` times after one that is not counted."""
     with tempfile.TemporaryDirectory(prefix="qmesh-gateway-") as folder:
         one, three = (Cluster(Path(folder) / name, attached=True) for name in ("one", "three"))
         try:
@@ -71,65 +63,18 @@ async def compare(rounds: int, tokens: int, streams: int) -> tuple[list[Hop], di
                     for path in paths[number % len(paths) :] + paths[: number % len(paths)]:
                         await take_turn(path, tokens, keep=number > 0)
                     print(f"round {number} of {rounds}", file=sys.stderr)
-                held = await hold(session, node, streams) if streams else {}
-                return paths, held
+                return paths
         finally:
             await one.down()
             await three.down()
-
-
-async def hold(session: aiohttp.ClientSession, node: Member, streams: int) -> dict[str, float]:
-    """Hold that many streams at once; tells what became of the node's memory (MB)."""
-    url = str(node.ready["gateway"])
-    process = psutil.Process(node.pid)
-    ask = http(session, url + PATH, {})
-    until = time.perf_counter() + HOLD
-    seen: list[tuple[float, float]] = []
-    most, answers, failures = 0, 0, 0
-
-    async def again() -> None:
-        nonlocal answers, failures
-        while time.perf_counter() < until:
-            try:
-                _, events = await ask(64)
-            except aiohttp.ClientError:
-                events = 0
-            answers += 1
-            failures += events < LEAST_EVENTS
-
-    async def watch() -> None:
-        nonlocal most
-        while time.perf_counter() < until:
-            await asyncio.sleep(0.5)
-            seen.append((time.perf_counter(), process.memory_info().rss / 1e6))
-            async with session.get(f"{url}/metrics") as answer:
-                for line in (await answer.text()).splitlines():
-                    if line.startswith("qmesh_gateway_open_requests "):
-                        most = max(most, int(float(line.split()[1])))
-
-    before = process.memory_info().rss / 1e6
-    async with asyncio.TaskGroup() as group:
-        for _ in range(streams):
-            group.create_task(again())
-        group.create_task(watch())
-    middle = [memory for at, memory in seen if until - HOLD * 2 / 3 < at < until - HOLD / 3]
-    late = [memory for at, memory in seen if at > until - HOLD / 3]
-    return {
-        "streams at once": most,
-        "answers": answers,
-        "failed": failures,
-        "memory before": before,
-        "memory in the second third": statistics.median(middle),
-        "memory in the last third": statistics.median(late),
-    }
 
 
 def _gateway(session: aiohttp.ClientSession, name: str, node: Member) -> Hop:
     return Hop(name, http(session, str(node.ready["gateway"]) + PATH, {}), [node.pid])
 
 
-def report(paths: list[Hop], held: dict[str, float], tokens: int) -> None:
-    """The table, the ratios that the goals are about, and the streams."""
+def report(paths: list[Hop], tokens: int) -> None:
+    """The table, and the ratios that the goals are about."""
     print(f"\nmedian (quartiles); {tokens} tokens a request; first token: requests for 1 token, one by one\n")
     print(f"{'path':11}{'first token ms':>22}" + "".join(f"{f'chunks/s at {level}':>24}" for level in LEVELS))
     for path in paths:
@@ -149,8 +94,6 @@ def report(paths: list[Hop], held: dict[str, float], tokens: int) -> None:
     for other in ("nginx", "litellm"):
         if other not in known:
             print(f"{other}: not measured (not installed or failed)")
-    for what, value in held.items():
-        print(f"{what}: {value:.0f}" + (" MB" if what.startswith("memory") else ""))
 
 
 def _against(path: Hop, other: Hop, direct: Hop) -> str:
@@ -174,10 +117,8 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--streams", type=int, default=500, help="0: leave that part out")
     arguments = parser.parse_args()
-    paths, held = uvloop.run(compare(arguments.rounds, arguments.tokens, arguments.streams))
-    report(paths, held, arguments.tokens)
+    report(uvloop.run(compare(arguments.rounds, arguments.tokens)), arguments.tokens)
 
 
 if __name__ == "__main__":

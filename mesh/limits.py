@@ -40,7 +40,7 @@ MAX_CREDIT: Final = 4 << 20
 """The most unread credit that a receiver may have granted on one stream."""
 MAX_CONNECTION_CREDIT: Final = 16 << 20
 """What all streams of one connection together may have above their initial credit."""
-GATHER: Final = 0.001
+GATHER: Final = 0.002
 """Seconds between two frames of a connection whose streams have nothing but more of their bodies to send."""
 SEND_BUFFER: Final = 65_536
 """A sender waits while its stream has more than this queued."""

@@ -59,6 +59,14 @@ class JsonFormatter(logging.Formatter):
         return _JSON.encode(line)
 
 
+class LogFile(RotatingFileHandler):
+    """Rotated by size. Its parent looks at the disk and formats each line twice to decide that."""
+
+    @override
+    def shouldRollover(self, record: logging.LogRecord) -> bool:
+        return self.stream is not None and self.stream.tell() >= self.maxBytes
+
+
 def set_up(*, quiet: bool, style: Style = "console") -> None:
     """Log to stderr: warnings, with QMESH_DEBUG everything of ours; `quiet` leaves only errors."""
     debug = bool(os.environ.get("QMESH_DEBUG"))
@@ -81,7 +89,7 @@ def log_file(folder: Path, name: str) -> Iterator[None]:
     """
     path = folder / "logs" / name
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="ascii")
+    handler = LogFile(path, maxBytes=FILE_BYTES, backupCount=FILES, encoding="ascii")
     handler.setFormatter(JsonFormatter())
     handler.setLevel(logging.INFO)
     root = logging.getLogger()

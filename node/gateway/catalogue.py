@@ -98,6 +98,8 @@ class Catalogue:
         except QMeshError:
             models = {}
         most = [model for model, workers in models.items() if workers == max(models.values())]
+        if len(most) == 1:
+            return most[0]
         own = list(self._local())
         # Of equals the node's own; with no model at all what this node is about to serve.
         return next((model for model in own if model in most or not most), None) or next(iter(most), None)

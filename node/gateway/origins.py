@@ -7,6 +7,7 @@ unless that site is allowed, and while no key is needed the `Host` must be a nam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from ipaddress import ip_address
 from urllib.parse import urlsplit
@@ -50,6 +51,7 @@ class Origins:
         return "*" in self._allowed or origin.lower() in self._allowed
 
 
+@functools.lru_cache(maxsize=64)
 def names_this_machine(host: str | None) -> bool:
     """Whether a `Host` header is a loopback name or address; a client without one is no browser."""
     if host is None:

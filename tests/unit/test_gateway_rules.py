@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from client_sdk import ModelInfo, RawAnswer, WorkerInfo
 from mesh import errors as mesh
+from node import logs
 from node.gateway import waiting as waiting_module
 from node.gateway.binding import bind, url
 from node.gateway.catalogue import Catalogue, Remembered
@@ -405,3 +406,17 @@ def test_log_lines(tmp_path: Path) -> None:
         logging.getLogger("qmesh.test").error("odd", extra={"facts": {"path": os.sep, "text": "\ud800"}})
     (written,) = (tmp_path / "logs" / "x.log").read_text("utf-8").splitlines()
     assert json.loads(written)["path"] == os.sep
+
+
+def test_log_files_are_rotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "FILE_BYTES", 2000)
+    with log_file(tmp_path, "x.log"):
+        for number in range(100):
+            logging.getLogger("qmesh.test").error("line %d", number)
+    files = sorted((tmp_path / "logs").iterdir())
+    assert [path.name for path in files] == ["x.log", *(f"x.log.{n}" for n in range(1, logs.FILES + 1))]
+    assert all(path.stat().st_size < 2200 for path in files)
+    lines = [
+        json.loads(line)["message"] for path in reversed(files[1:]) for line in path.read_text().splitlines()
+    ]
+    assert lines == [f"line {n}" for n in range(int(lines[0][5:]), int(lines[0][5:]) + len(lines))]
