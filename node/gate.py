@@ -12,6 +12,7 @@ from node.admission import Admission, Ticket
 
 DEFAULT_PATIENCE = 300.0
 """Seconds that a request without a deadline waits at most."""
+DISPLACED = "its place in the full queue went to a peer with fewer requests"
 
 
 class Gate:
@@ -36,9 +37,9 @@ class Gate:
         self.admission.expire(asked)  # their own timers, due now, tell those who waited
         accepted, displaced = self.admission.offer(ticket, asked)
         if displaced is not None and not (future := self._waiting[displaced]).done():
-            future.set_exception(self._overloaded())
+            future.set_exception(self._overloaded(DISPLACED))
         if not accepted:
-            raise self._overloaded()
+            raise self._overloaded("every slot is busy and the queue is full")
         if ticket.started is None:
             await self._wait(ticket, until)
         try:
@@ -72,8 +73,5 @@ class Gate:
             if not future.done():
                 future.set_result(None)
 
-    def _overloaded(self) -> Overloaded:
-        return Overloaded(
-            "every slot is busy and the queue is full",
-            retry_after=self.admission.retry_after(time.monotonic()),
-        )
+    def _overloaded(self, why: str) -> Overloaded:
+        return Overloaded(why, retry_after=self.admission.retry_after(time.monotonic()))

@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvloop
@@ -22,30 +24,50 @@ from node.cluster import Cluster
 PARTS = ("slots", "spread", "cache", "hedging", "overload")
 
 
+ROOMY = 8
+"""Slots of a node that has places (slots and queue) for 40 requests."""
+
+
 async def run(parts: list[str], *, quick: bool) -> None:
     """Measure these parts."""
-    with tempfile.TemporaryDirectory(prefix="qmesh-serving-") as folder:
-        cluster = Cluster(Path(folder), attached=True)
-        try:
-            await cluster.up(4, ["--no-gateway"])
+    if set(parts) - {"spread", "overload"}:
+        async with _cluster(4) as cluster:
             await _measure(cluster, parts, quick=quick)
-        finally:
-            await cluster.down()
+    if "spread" in parts:
+        async with _cluster(4, "--slots", str(ROOMY)) as cluster:
+            await _spread(cluster, 3 if quick else 10)
     if "overload" in parts:
         # With more than one slot the light peer's answers share the model's thread with those of the heavy one.
         for count in (1, 2, 4):
-            await _overload(count, 5 if quick else 30)
+            async with _cluster(1, "--slots", str(count)) as cluster:
+                print(f"\noverload: one node, slots: {count}")
+                told = await overload.run(cluster.members[0], count, 5 if quick else 30)
+                print(overload.describe(told), flush=True)
 
 
-async def _overload(count: int, seconds: float) -> None:
+@asynccontextmanager
+async def _cluster(nodes: int, *extra: str) -> AsyncIterator[Cluster]:
     with tempfile.TemporaryDirectory(prefix="qmesh-serving-") as folder:
         cluster = Cluster(Path(folder), attached=True)
         try:
-            (node,) = await cluster.up(1, ["--no-gateway", "--slots", str(count)])
-            print(f"\noverload: one node, slots: {count}")
-            print(overload.describe(await overload.run(node, count, seconds)), flush=True)
+            await cluster.up(nodes, ["--no-gateway", *extra])
+            yield cluster
         finally:
             await cluster.down()
+
+
+async def _spread(cluster: Cluster, bursts: int) -> None:
+    print("\n100 requests at once over 4 workers that have places for all of them")
+    for _ in range(bursts):
+        told = [
+            f"{word} {sorted(shares.values())}, most/mean {spread.unevenness(shares, cluster.members):.2f}"
+            for word, shares in zip(("given", "answered"), await spread.burst(cluster.members), strict=True)
+        ]
+        print("  " + "; ".join(told), flush=True)
+    early, late = await spread.after_a_death(cluster)
+    print(
+        f"a killed worker: {early} requests until its first failure was known, {late} after that", flush=True
+    )
 
 
 async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
@@ -85,19 +107,6 @@ async def _measure(cluster: Cluster, parts: list[str], *, quick: bool) -> None:
         print(
             f"  the loser's slot is free after {quantile(freed, 0.5) * 1000:.0f} ms (median), "
             f"{max(freed, default=0) * 1000:.0f} ms (worst of {len(freed)})",
-            flush=True,
-        )
-    if "spread" in parts:
-        print("\n100 requests at once over 4 workers")
-        for _ in range(3 if quick else 10):
-            told = [
-                f"{word} {sorted(shares.values())}, most/mean {spread.unevenness(shares, members):.2f}"
-                for word, shares in zip(("given", "answered"), await spread.burst(members), strict=True)
-            ]
-            print("  " + "; ".join(told), flush=True)
-        early, late = await spread.after_a_death(cluster)
-        print(
-            f"a killed worker: {early} requests until its first failure was known, {late} after that",
             flush=True,
         )
 

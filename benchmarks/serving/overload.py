@@ -14,6 +14,7 @@ from benchmarks.serving.common import MODEL, Slots, quantile
 from mesh.errors import Overloaded, QMeshError
 from mesh.transport import Connection
 from node.cluster import Member
+from node.gate import DISPLACED
 from tests.mesh_support import ask, completion, connected
 
 TOKENS = 600
@@ -34,6 +35,9 @@ class Outcome:
     waits: list[float] = field(default_factory=list)
     """The part of each of these that was waiting for a slot."""
     rejected: list[float] = field(default_factory=list)
+    """From the request to its refusal, for those that were refused when they came."""
+    displaced: int = 0
+    """Requests that waited and then had to give their place to the light peer."""
     retry_after: list[float] = field(default_factory=list)
     accepted: int = 0
     finished: int = 0
@@ -111,7 +115,10 @@ async def _heavy(connection: Connection, outcome: Outcome, tokens: int) -> None:
                 pass
             outcome.finished += 1
     except Overloaded as error:
-        outcome.rejected.append(time.perf_counter() - began)
+        if error.message == DISPLACED:
+            outcome.displaced += 1
+        else:
+            outcome.rejected.append(time.perf_counter() - began)
         if error.retry_after:
             outcome.retry_after.append(error.retry_after)
     except QMeshError as error:
@@ -132,7 +139,8 @@ def describe(one: Outcome) -> str:
     quiet, light = quantile(one.quiet, 0.5), quantile(one.light, 0.5)
     return (
         f"model {MODEL}: {one.capacity:.1f} answers/s possible, {one.offered:.0f} requests/s offered\n"
-        f"rejected {len(one.rejected)} (all but {len(one.rejected) - len(one.retry_after)} with retry_after), "
+        f"rejected at once {len(one.rejected)}, displaced {one.displaced} (all but "
+        f"{len(one.rejected) + one.displaced - len(one.retry_after)} with retry_after); at once: "
         f"p50 {quantile(one.rejected, 0.5) * 1000:.1f} ms, p99 {quantile(one.rejected, 0.99) * 1000:.1f} ms\n"
         f"accepted {one.accepted}, finished {one.finished}, broken {len(one.broken)}\n"
         f"light peer: p50 {quiet * 1000:.0f} ms alone, {light * 1000:.0f} ms in the flood "

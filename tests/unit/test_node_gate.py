@@ -119,7 +119,7 @@ async def test_a_displaced_request_is_told_to_try_elsewhere() -> None:
         greedy = [Request(gate, b"greedy") for _ in range(gate.admission.queue_limit)]
         await steps(2)
         modest = Request(gate, b"modest")
-        with pytest.raises(Overloaded, match="every slot is busy") as refused:
+        with pytest.raises(Overloaded, match="went to a peer with fewer") as refused:
             await greedy[-1].task
         assert refused.value.retry_after is not None
         await running.end()
