@@ -40,8 +40,9 @@ MAX_CREDIT: Final = 4 << 20
 """The most unread credit that a receiver may have granted on one stream."""
 MAX_CONNECTION_CREDIT: Final = 16 << 20
 """What all streams of one connection together may have above their initial credit."""
-GATHER: Final = 0.002
-"""Seconds between two frames of a connection whose streams have nothing but more of their bodies to send."""
+GATHER: Final = 0.001
+"""Seconds between two frames of a connection whose streams have nothing but more of their bodies to send, and
+for which a head waits for its body."""
 SEND_BUFFER: Final = 65_536
 """A sender waits while its stream has more than this queued."""
 MAX_STREAMS: Final = 1024

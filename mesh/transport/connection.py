@@ -193,7 +193,12 @@ class Connection(asyncio.BufferedProtocol):
         """
         if self._loop.time() - self._flushed >= GATHER:
             self.schedule_flush()
-        elif self._flush_later is None:
+        else:
+            self.schedule_with_next()
+
+    def schedule_with_next(self) -> None:
+        """Send what is ready together with whatever is sent next, at the latest after GATHER."""
+        if self._flush_later is None:
             self._flush_later = self._loop.call_later(GATHER, self.schedule_flush)
 
     def consumed(self, sid: int, size: int) -> None:

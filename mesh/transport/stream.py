@@ -64,10 +64,12 @@ class Stream:
     # --- sending
 
     async def send_head(self, meta: Meta) -> None:
-        """Send the head of the answer: once, by the side that was called, before the body."""
+        """Send the head of the answer: once, by the side that was called, before the body, and with it where
+        that begins within GATHER.
+        """
         self._check_sending()
         self.connection.state.send_head(self.sid, meta)
-        self.connection.schedule_flush()
+        self.connection.schedule_with_next()
 
     async def send(self, data: bytes) -> None:
         """Queue body bytes of any size; waits while more than SEND_BUFFER bytes are queued.

@@ -26,6 +26,12 @@ _PINGS = {
 }
 
 
+class Streamed(web.StreamResponse):
+    """A response whose head leaves with its first piece, which is there: one packet instead of two."""
+
+    _send_headers_immediately = False
+
+
 class ClientGone(Exception):
     """The client closed its connection, or takes nothing any more."""
 
@@ -46,7 +52,7 @@ class Outlet:
         """Send the head of a streamed answer, unless a ping has done so."""
         if self._response is not None:
             return
-        self._response = web.StreamResponse(
+        self._response = Streamed(
             status=status,
             headers={
                 "Content-Type": content_type,

@@ -310,7 +310,7 @@ def test_one_reader_and_one_writer_at_a_time(run: Run) -> None:
 def test_running_bodies_are_gathered_and_nothing_else_waits(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a gathering time as long as the test: only more of a body may wait, for whatever is sent next."""
+    """With a gathering time as long as the test: only a head and more of a body may wait, for what is next."""
     monkeypatch.setattr("mesh.transport.connection.GATHER", seconds(60))
 
     async def scenario() -> None:
@@ -326,8 +326,10 @@ def test_running_bodies_are_gathered_and_nothing_else_waits(
         async with listening(handler) as listener:
             connection = await dial(listener)
             async with await connection.open("infer", {}) as stream:
-                await stream.head(seconds(5))
+                with pytest.raises(DeadlineExceeded):
+                    await stream.head(0.1)
                 go.put_nowait(None)
+                await stream.head(seconds(5))
                 assert await stream.read(seconds(5)) == b"first"
                 go.put_nowait(None)
                 with pytest.raises(DeadlineExceeded):
