@@ -10,7 +10,7 @@ from mesh.dht.shards import SPLIT_AT
 from mesh.network import Network
 from mesh.records import model_key, open_record, shard_prefix
 from tests.sim import hostile, popular, scenarios
-from tests.sim.population import Population
+from tests.sim.population import Member, Population
 from tests.sim.world import World
 
 
@@ -89,6 +89,34 @@ def test_a_newcomer_leaves_nothing_in_the_full_shards_that_it_passes() -> None:
         workers = [open_record(blob, population.network, key, world.wall()).node_id for blob in held]
         assert len(workers) >= SPLIT_AT
         assert node_id not in workers
+        await population.stop()
+
+    world.run(scenario())
+
+
+def test_a_node_far_from_a_key_is_no_holder_of_its_own_record() -> None:
+    """Met on the way to the key it would tell that there is no worker but itself."""
+    world = World(16)
+
+    async def scenario() -> None:
+        population = Population(world)
+        await population.grow(48)
+        await asyncio.sleep(30)
+        key = model_key(population.network, "m")
+
+        def distance(member: Member) -> int:
+            return int.from_bytes(member.protocol.source_node.id) ^ int.from_bytes(key)
+
+        *_, farthest = ordered = sorted(population.members, key=distance)
+        for member in (ordered[0], farthest):
+            await member.announce("m")
+        holders = [
+            sum(1 for _ in member.protocol.storage.sample(key, b"", 0, world.wall())) for member in ordered
+        ]
+        assert holders[0] == 2
+        assert holders[-1] == 0
+        for asker in (farthest, ordered[24]):
+            assert len(await asker.dht.lookup("m")) == 2
         await population.stop()
 
     world.run(scenario())
