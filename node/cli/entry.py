@@ -42,13 +42,15 @@ def folder_of(data_dir: Path | None, config: Path | None = None) -> Path:
     return settings(data_dir, config).config.data_dir
 
 
-def local_node(folder: Path) -> Mapping[str, Any]:
-    """The published facts of the node that runs in the folder. Raises ConfigurationError."""
+def local_node(folder: Path, instead: str = "its folder with --data-dir") -> Mapping[str, Any]:
+    """The published facts of the node that runs in the folder. Raises ConfigurationError, which tells
+    `instead` of starting one what to name.
+    """
     facts = running_node(folder)
     if facts is None:
         raise ConfigurationError(
             f"no node is running in {folder}",
-            "Start one with `qmesh-node run`, or name another machine's with --join HOST:PORT.",
+            f"Start one with `qmesh-node run`, or name {instead}.",
             exit_code=ExitCode.UNREACHABLE,
         )
     return facts
@@ -98,7 +100,7 @@ async def way_in(loaded: Loaded) -> dict[str, Any]:
         }
     mesh = await configured_mesh(loaded)
     if not mesh.addresses:
-        local_node(folder)  # says that there is none
+        local_node(folder, "another machine's with --join HOST:PORT")  # says that there is none
     return {"join": mesh.addresses, "network": mesh.network}
 
 
