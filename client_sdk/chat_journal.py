@@ -16,6 +16,11 @@ MAX_TOOL_CALLS = 128
 """Tool calls in one answer."""
 
 
+def limits_of(body: Mapping[str, Any]) -> list[int]:
+    """The limits of tokens that a chat request carries; a negative one is none."""
+    return [body[key] for key in LIMITS if isinstance(body.get(key), int)]
+
+
 def prefilled(body: Mapping[str, Any], text: str, written: int) -> dict[str, Any]:
     """The chat request that goes on from `text`, which took `written` tokens of its limit."""
     limits = {key: body[key] for key in LIMITS if isinstance(body.get(key), int) and body[key] > 0}
@@ -57,8 +62,7 @@ class ChatJournal(Journal):
     @property
     @override
     def complete(self) -> bool:
-        limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
-        if self.finish_reason is None and any(0 < limit <= self._count for limit in limits):
+        if self.finish_reason is None and any(0 < limit <= self._count for limit in limits_of(self.body)):
             self.finish_reason = "length"
         return self.finish_reason is not None
 

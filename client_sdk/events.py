@@ -6,7 +6,7 @@ the connection alive. The chunks arrive cut anywhere.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
@@ -30,20 +30,23 @@ class EventDecoder:
 
     def feed(self, data: bytes) -> list[dict[str, Any]]:
         """The events that are complete now. Raises MalformedMessage for anything that is none."""
-        *blocks, self._rest = (self._rest + data).split(b"\n\n")
+        whole, _, self._rest = (self._rest + data).rpartition(b"\n\n")
         if len(self._rest) > MAX_EVENT:
             raise MalformedMessage(f"an event of the answer is larger than {MAX_EVENT} bytes")
         events = []
-        for block in blocks:
-            for line in block.split(b"\n"):
-                if not line.startswith(b"data:"):
-                    continue
-                payload = line[5:].strip()
-                if payload == b"[DONE]":
-                    self.done = True
-                    continue
+        for payload in payloads_of(whole):
+            if payload == b"[DONE]":
+                self.done = True
+            else:
                 events.append(decode_object(payload))
         return events
+
+
+def payloads_of(events: bytes) -> Iterator[bytes]:
+    """The `data:` of each event."""
+    for line in events.split(b"\n"):
+        if line.startswith(b"data:"):
+            yield line[5:].strip()
 
 
 def decode_object(payload: bytes) -> dict[str, Any]:

@@ -23,10 +23,10 @@ from typing import Any
 
 import orjson
 
-from client_sdk.chat_journal import LIMITS, prefilled
-from client_sdk.events import MAX_EVENT
+from client_sdk.chat_journal import limits_of, prefilled
+from client_sdk.events import MAX_EVENT, payloads_of
 from client_sdk.failover import REPLAY_WITHIN, ReplayDiverged, Way
-from client_sdk.transcript import MAX_JOURNAL, Transcript, decoded, payloads_of
+from client_sdk.transcript import MAX_JOURNAL, Transcript, decoded
 from mesh.errors import BackendFailed, MalformedMessage, StreamInterrupted
 
 MAX_WHOLE = 64 << 20
@@ -200,9 +200,8 @@ class Passthrough:
     @property
     def _within_limits(self) -> bool:
         """Whether a limit of tokens can be kept exactly, and is not reached yet."""
-        limits = [self.body[key] for key in LIMITS if isinstance(self.body.get(key), int)]
         tokens, exact = self._delivered.tokens, self._delivered.ascii and not self._holds_back
-        return all(limit < 0 or (exact and tokens < limit) for limit in limits)
+        return all(limit < 0 or (exact and tokens < limit) for limit in limits_of(self.body))
 
     def _fit_prefilled(self, payload: bytes) -> bytes:
         if payload == b"[DONE]":

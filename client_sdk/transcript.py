@@ -5,10 +5,11 @@ Most answers need no continuing: their bytes are only kept, and read once somebo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import orjson
+
+from client_sdk.events import payloads_of
 
 MAX_JOURNAL = 8 << 20
 """Bytes of an answer kept for continuing it; a longer one can no longer be continued."""
@@ -90,14 +91,6 @@ class Transcript:
                 self._text += delta["content"]
                 self._tokens += 1
                 self.ascii &= str(delta["content"]).isascii()
-
-
-def payloads_of(events: bytes) -> Iterator[bytes]:
-    """The `data:` of each event."""
-    for event in events.split(b"\n\n"):
-        for line in event.split(b"\n"):
-            if line.startswith(b"data:"):
-                yield line[5:].strip()
 
 
 def decoded(payload: bytes) -> dict[str, Any]:

@@ -86,6 +86,11 @@ class Explanation:
     first_token: float | None = None
     speed: float | None = None
 
+    @property
+    def asked(self) -> int:
+        """Workers that were asked, the one that answers included."""
+        return 1 + sum(attempt.error is not None for attempt in self.attempts)
+
     def adopt(self, other: Explanation) -> None:
         """Take over how `other` chose and reached its worker."""
         self.worker, self.path, self.rtt = other.worker, other.path, other.rtt

@@ -33,7 +33,7 @@ _MAX_NONCE: Final = 2**64 - 1  # reserved for rekey()
 # take 3 us a call, three times what the cipher takes for a token.
 _seal: Final = lib.crypto_aead_chacha20poly1305_ietf_encrypt
 _open: Final = lib.crypto_aead_chacha20poly1305_ietf_decrypt
-NULL: Final = ffi.NULL
+_NULL: Final = ffi.NULL
 
 
 class CipherState:
@@ -54,7 +54,7 @@ class CipherState:
         """Ciphertext and its 16-byte tag. Raises OverflowError when all nonces are used up."""
         size = len(plaintext)
         sealed = ffi.new("unsigned char[]", size + _TAG)
-        _seal(sealed, NULL, plaintext, size, NULL, 0, NULL, self._next_nonce(), self._key)
+        _seal(sealed, _NULL, plaintext, size, _NULL, 0, _NULL, self._next_nonce(), self._key)
         self.nonce += 1
         return bytes(ffi.buffer(sealed))
 
@@ -64,7 +64,7 @@ class CipherState:
         if size < 0:
             raise AuthenticationError(f"a message of {len(ciphertext)} bytes is too short to authenticate")
         opened = ffi.new("unsigned char[]", size)
-        if _open(opened, NULL, NULL, ciphertext, size + _TAG, NULL, 0, self._next_nonce(), self._key) != 0:
+        if _open(opened, _NULL, _NULL, ciphertext, size + _TAG, _NULL, 0, self._next_nonce(), self._key) != 0:
             raise AuthenticationError("a message did not authenticate: tampered, replayed or reordered bytes")
         self.nonce += 1
         return bytes(ffi.buffer(opened))

@@ -77,8 +77,7 @@ class Call:
 
 def routing_headers(explain: Explanation) -> dict[str, str]:
     """Who answered, and how the request came there."""
-    failed = sum(attempt.error is not None for attempt in explain.attempts)
-    headers = {"X-QMesh-Attempts": str(failed + 1)}
+    headers = {"X-QMesh-Attempts": str(explain.asked)}
     if explain.worker is not None:
         headers["X-QMesh-Worker"] = explain.worker
     if explain.path is not None:

@@ -251,7 +251,6 @@ class Gateway:
             "error": call.error,
         }
         if explain is not None and explain.worker is not None and call.first_byte is not None:
-            failed = sum(attempt.error is not None for attempt in explain.attempts)
             self.metrics.answer(
                 call.model or "",
                 explain.worker,
@@ -259,7 +258,7 @@ class Gateway:
                 answer_tokens=call.answer_tokens,
                 first_byte=call.first_byte,
                 queue=explain.queue,
-                attempts=failed + 1,
+                attempts=explain.asked,
                 splices=explain.splices,
                 hedges=explain.hedged,
             )
@@ -269,7 +268,7 @@ class Gateway:
                 "path": explain.path,
                 "first_token_ms": round(call.first_byte * 1000, 2),
                 "queue_ms": None if explain.queue is None else round(explain.queue * 1000, 2),
-                "attempts": failed + 1,
+                "attempts": explain.asked,
                 "splices": explain.splices,
                 "prompt_tokens": call.prompt_tokens,
                 "answer_tokens": call.answer_tokens,

@@ -55,13 +55,16 @@ def _event(delta: dict[str, Any]) -> dict[str, Any]:
     return {"id": "chatcmpl-0123456789", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
 
 
-@given(
+any_answer = given(
     groups,
     lives,
     limits,
     st.sampled_from([{}, {"temperature": 0}, {"seed": 5}]),
     st.sampled_from([0.0, 60.0]),
 )
+
+
+@any_answer
 def test_a_chat_ends_exactly_at_its_limit(
     events: list[list[str]], lives: list[int], limit: int | None, body: dict[str, Any], took: float
 ) -> None:
@@ -94,13 +97,7 @@ def _told(whole: bytes) -> tuple[str, str | None, dict[str, Any] | None]:
     return text, reason, usage
 
 
-@given(
-    groups,
-    lives,
-    limits,
-    st.sampled_from([{}, {"temperature": 0}, {"seed": 5}]),
-    st.sampled_from([0.0, 60.0]),
-)
+@any_answer
 def test_a_raw_chat_ends_exactly_at_its_limit(
     events: list[list[str]], lives: list[int], limit: int | None, body: dict[str, Any], took: float
 ) -> None:
