@@ -1,16 +1,19 @@
-"""Two ends of a connection in memory, and identities for the wire's tests."""
+"""Two ends of a connection in memory, listeners, and identities for the wire's tests."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
+from mesh.admission import AdmissionPolicy
 from mesh.connection import ConnectionState
 from mesh.events import Event
 from mesh.identity import Identity
 from mesh.limits import INITIAL_CREDIT, MAX_STREAMS, REKEY_AFTER_FRAMES
 from mesh.network import Network
 from mesh.noise import CipherState
+from mesh.transport import Handler, Listener, Stream, serve
 
 ALICE = Identity(bytes([1]) * 32)
 BOB = Identity(bytes([2]) * 32)
@@ -20,6 +23,32 @@ PRIVATE = Network("ours", bytes([3]) * 32)
 
 def no_load() -> Mapping[str, Any]:
     return {}
+
+
+async def echo(stream: Stream) -> None:
+    await stream.send_head({"method": stream.method, **stream.meta})
+    size = 0
+    while (data := await stream.read()) is not None:
+        size += len(data)
+        await stream.send(data)
+    await stream.end({"size": size})
+
+
+@asynccontextmanager
+async def listening(
+    handler: Handler = echo, network: Network = OPEN, policy: AdmissionPolicy | None = None, **options: Any
+) -> AsyncIterator[Listener]:
+    """BOB's listener; closed afterwards, it has let go of everybody."""
+    listener = await serve(
+        "127.0.0.1", 0, identity=BOB, network=network, on_stream=handler, policy=policy, **options
+    )
+    try:
+        yield listener
+    finally:
+        await listener.close()
+        assert not listener.connections
+        assert listener.admission.half_open == listener.admission.established == 0
+        listener.admission.validate()
 
 
 class Link:

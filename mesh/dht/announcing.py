@@ -174,15 +174,14 @@ class Announcing:
         return Published(replicas, round(median(counts)) if counts else 0)
 
     def _keep(self, key: bytes, blob: bytes, holders: list[Answer]) -> None:
-        """Hold our own record for others too, if we are as near to the key as its holders.
+        """Hold our own record for others too, if we are as near to the key as its holders (nearest first).
 
         Farther away we would tell askers on their way that there is no worker but us.
         """
-
-        def distance(contact_id: bytes) -> int:
-            return int.from_bytes(contact_id) ^ int.from_bytes(key)
-
-        own = distance(self._protocol.source_node.id)
-        near = len(holders) < limits.BUCKET_SIZE or own < max(distance(one.contact_id) for one in holders)
+        number, own = int.from_bytes(key), self._protocol.source_node.long_id
+        near = (
+            len(holders) < limits.BUCKET_SIZE
+            or own ^ number < int.from_bytes(holders[-1].contact_id) ^ number
+        )
         if near and self._protocol.role is not Role.CLIENT:
             self._protocol.storage.put(key, blob, None, self._wall())

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager
 
 import pytest
 
@@ -27,7 +26,7 @@ from mesh.join import INVITATION_ID_SIZE, Invitation, encode_token, issue
 from mesh.network import Network
 from mesh.transport import Connection, Listener, Stream, connect, connect_any, redeem, serve
 from tests.support import seconds
-from tests.wire_support import ALICE, BOB, OPEN, PRIVATE
+from tests.wire_support import ALICE, BOB, OPEN, PRIVATE, listening
 
 ID = b"12345678"
 
@@ -36,21 +35,10 @@ async def unreachable(stream: Stream) -> None:
     raise AssertionError(f"a guest reached {stream.method}")
 
 
-@asynccontextmanager
-async def door(
+def door(
     *good: bytes, network: Network = PRIVATE, policy: AdmissionPolicy | None = None
-) -> AsyncIterator[Listener]:
-    listener = await serve(
-        "127.0.0.1", 0, identity=BOB, network=network, on_stream=unreachable, policy=policy,
-        load=lambda: {"busy": 1}, invited=lambda one: one in good,
-    )  # fmt: skip
-    try:
-        yield listener
-    finally:
-        await listener.close()
-        assert not listener.connections
-        assert listener.admission.half_open == listener.admission.established == 0
-        listener.admission.validate()
+) -> AbstractAsyncContextManager[Listener]:
+    return listening(unreachable, network, policy, load=lambda: {"busy": 1}, invited=lambda one: one in good)
 
 
 def invitation(

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -31,9 +30,9 @@ from mesh.errors import (
 from mesh.identity import Identity
 from mesh.limits import MAX_CONNECTIONS_PER_PEER
 from mesh.network import Network
-from mesh.transport import Connection, Handler, Listener, Stream, connect, connect_any, serve
+from mesh.transport import Connection, Listener, Stream, connect, connect_any, serve
 from tests.support import seconds
-from tests.wire_support import ALICE, BOB, OPEN, PRIVATE
+from tests.wire_support import ALICE, BOB, OPEN, PRIVATE, echo, listening
 
 Scenario = Callable[[], Coroutine[Any, Any, None]]
 
@@ -57,31 +56,6 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, None]],
             asyncio.run(watched(scenario), debug=True)
 
     return run_scenario
-
-
-async def echo(stream: Stream) -> None:
-    await stream.send_head({"method": stream.method, **stream.meta})
-    size = 0
-    while (data := await stream.read()) is not None:
-        size += len(data)
-        await stream.send(data)
-    await stream.end({"size": size})
-
-
-@asynccontextmanager
-async def listening(
-    handler: Handler = echo, network: Network = OPEN, policy: AdmissionPolicy | None = None, **options: Any
-) -> AsyncIterator[Listener]:
-    listener = await serve(
-        "127.0.0.1", 0, identity=BOB, network=network, on_stream=handler, policy=policy, **options
-    )
-    try:
-        yield listener
-    finally:
-        await listener.close()
-        assert not listener.connections
-        assert listener.admission.half_open == listener.admission.established == 0
-        listener.admission.validate()
 
 
 async def dial(listener: Listener, network: Network = OPEN, **options: Any) -> Connection:
